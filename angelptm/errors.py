@@ -1,0 +1,58 @@
+"""The errors that a user can meet. Each carries the facts; its text says what, where, what was expected, and the remedy.
+
+A command line prints the text alone and exits with code 2; programs read the attributes.
+"""
+
+from __future__ import annotations
+
+
+class AngelPTMError(Exception):
+    """Base of every operating error of this package. Programmer's errors are assertions instead."""
+
+
+class ConfigError(AngelPTMError):
+    """A configuration value cannot be used.
+
+    ``key`` is the dotted path (``tiers.host``), ``value`` what was found there, ``expected`` a phrase that completes
+    "expected ...", ``remedy`` an optional sentence, for example a near spelling.
+    """
+
+    def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
+        self.key, self.value, self.expected, self.remedy = key, value, expected, remedy
+        text = f"config: {key}: found {value!r}, expected {expected}."
+        super().__init__(f"{text} {remedy}".rstrip())
+
+
+class CapacityError(AngelPTMError):
+    """A tier cannot hold what the run needs; raised before anything is allocated. Sizes are bytes."""
+
+    def __init__(self, tier: str, needed_bytes: int, available_bytes: int, what: str, remedy: str) -> None:
+        from angelptm.sizes import format_bytes
+
+        self.tier, self.needed_bytes, self.available_bytes, self.what, self.remedy = (
+            tier,
+            needed_bytes,
+            available_bytes,
+            what,
+            remedy,
+        )
+        super().__init__(
+            f"tier {tier}: {what} needs {format_bytes(needed_bytes)} ({needed_bytes} bytes), "
+            f"available {format_bytes(available_bytes)} ({available_bytes} bytes). {remedy}"
+        )
+
+
+class DataError(AngelPTMError):
+    """A data file is missing, malformed or does not fit the model."""
+
+    def __init__(self, path: str, found: str, expected: str, remedy: str = "") -> None:
+        self.path, self.found, self.expected, self.remedy = path, found, expected, remedy
+        super().__init__(f"data: {path}: found {found}, expected {expected}. {remedy}".rstrip())
+
+
+class NonFiniteError(AngelPTMError):
+    """A loss or gradient is inf or NaN. The step that met it changed no parameter and no state."""
+
+
+class ParkedError(AngelPTMError):
+    """A parameter's values were asked for while they are not on the device."""

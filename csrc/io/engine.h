@@ -1,0 +1,70 @@
+// Whole transfers over a Queue: every answer is read, a short one is resumed
+// at the right offset, EINTR and EAGAIN are retried with a bound, anything
+// else becomes the transfer's error.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "io/queue.h"
+
+namespace angelptm::io {
+
+struct Transfer {
+  std::uint64_t tag;  // the caller's; returned in the Outcome
+  Op op;
+  int file;
+  std::uint64_t offset;
+  std::byte* buffer;  // borrowed until the outcome is reaped
+  std::uint64_t bytes;
+};
+
+struct Outcome {
+  std::uint64_t tag;
+  std::optional<IoError> error;  // empty: all bytes were transferred
+};
+
+struct Counters {
+  std::uint64_t read_bytes = 0, written_bytes = 0;        // of completed attempts, resumed ones included once
+  std::uint64_t read_count = 0, write_count = 0;          // completed transfers
+  std::uint64_t resumed_count = 0, retried_count = 0, failed_count = 0;
+};
+
+// One thread at a time; its owner serializes. Transfers beyond the queue's depth wait in the engine in order.
+class Engine {
+ public:
+  Engine(std::vector<std::shared_ptr<const File>> files, std::unique_ptr<Queue> queue);
+  ~Engine();  // waits (bounded) for what is in flight, since the kernel still owns those buffers
+
+  // Checks alignment and length of each transfer first (std::invalid_argument: a programmer's error), then queues all and
+  // submits what fits, in one batch. Never waits.
+  void submit(std::span<const Transfer> transfers);
+  // Appends finished outcomes, waiting until at least `at_least` are there. Throws IoError(kDeadline) naming the oldest
+  // unfinished transfer when the deadline passes first; what had finished by then has been appended.
+  std::size_t reap(std::vector<Outcome>& outcomes, std::size_t at_least, Clock::time_point deadline);
+  std::size_t unfinished() const;  // submitted and not yet reaped
+
+  const Counters& counters() const { return counters_; }
+  const Queue& queue() const { return *queue_; }
+  const std::vector<std::shared_ptr<const File>>& files() const { return files_; }
+
+ private:
+  struct State;
+  std::vector<std::shared_ptr<const File>> files_;
+  std::unique_ptr<Queue> queue_;
+  Counters counters_;
+  std::unique_ptr<State> state_;
+};
+
+enum class Backend { kAuto, kUring, kThreads };
+// kAuto: uring where it works here, else threads; `chosen_because` gets one sentence that says which and why.
+std::unique_ptr<Engine> make_engine(Backend backend, std::vector<std::shared_ptr<const File>> files,
+                                    std::vector<Region> regions, std::size_t depth, const FaultPlan* faults = nullptr,
+                                    std::string* chosen_because = nullptr);
+
+}  // namespace angelptm::io

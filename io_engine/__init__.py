@@ -1,0 +1,1 @@
+"""Byte-level I/O: files, offsets and aligned buffers over four backends."""
