@@ -1,0 +1,88 @@
+#include "pages/page_table.h"
+
+#include <cassert>
+#include <cstring>
+#include <stdexcept>
+
+namespace angelptm::pages {
+
+PageId PageTable::add(Home home, std::uint32_t used_bytes) {
+  assert(used_bytes > 0 && used_bytes <= host_.page_bytes());
+  PageInfo page{home, used_bytes, 0, false, kNoFrame, Slot{0, 0}};
+  if (home == Home::kHost) {
+    const auto frame = host_.allocate();
+    if (!frame) throw TierCapacityError("host tier: all " + std::to_string(host_.frame_count()) + " frames are taken");
+    page.frame = *frame;
+    std::memset(host_.address(page.frame), 0, host_.page_bytes());
+  }
+  std::lock_guard lock(mutex_);
+  pages_.push_back(page);
+  return static_cast<PageId>(pages_.size() - 1);
+}
+
+PageInfo PageTable::info(PageId page) const {
+  std::lock_guard lock(mutex_);
+  return pages_.at(page);
+}
+
+std::size_t PageTable::page_count() const {
+  std::lock_guard lock(mutex_);
+  return pages_.size();
+}
+
+Frame PageTable::publish_frame(PageId page, Frame frame) {
+  std::lock_guard lock(mutex_);
+  PageInfo& entry = pages_.at(page);
+  assert(entry.home == Home::kHost);
+  const Frame former = entry.frame;
+  entry.frame = frame;
+  entry.written = true;
+  ++entry.version;
+  return former;
+}
+
+void PageTable::publish_in_place(PageId page) {
+  std::lock_guard lock(mutex_);
+  PageInfo& entry = pages_.at(page);
+  assert(entry.home == Home::kHost);
+  entry.written = true;
+  ++entry.version;
+}
+
+Slot PageTable::reserve_slot() {
+  const auto slot = ssd_.allocate();
+  if (!slot) throw TierCapacityError("ssd tier: all " + std::to_string(ssd_.slot_count()) + " slots are taken");
+  return *slot;
+}
+
+void PageTable::publish_slot(PageId page, Slot slot) {
+  Slot former{};
+  bool had_former = false;
+  {
+    std::lock_guard lock(mutex_);
+    PageInfo& entry = pages_.at(page);
+    assert(entry.home == Home::kSsd);
+    former = entry.slot;
+    had_former = entry.written;
+    entry.slot = slot;
+    entry.written = true;
+    ++entry.version;
+  }
+  if (had_former) ssd_.release(former);
+}
+
+void PageTable::cancel_slot(Slot slot) { ssd_.release(slot); }
+
+void PageTable::discard(PageId page) {
+  Slot former{};
+  {
+    std::lock_guard lock(mutex_);
+    PageInfo& entry = pages_.at(page);
+    if (entry.home == Home::kHost || !entry.written) return;
+    former = entry.slot;
+    entry.written = false;
+  }
+  ssd_.release(former);
+}
+
+}  // namespace angelptm::pages

@@ -1,0 +1,59 @@
+#include "pages/slot_map.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace angelptm::pages {
+
+SlotMap::SlotMap(std::uint64_t page_bytes, std::vector<SlotFile> files)
+    : page_bytes_(page_bytes), files_(std::move(files)), free_(files_.size()) {
+  for (std::size_t i = 0; i < files_.size(); ++i) {
+    const std::uint32_t count = files_[i].slot_count;
+    slot_count_ += count;
+    free_[i].taken.assign(count, false);
+    free_[i].indices.reserve(count);
+    for (std::uint32_t index = count; index-- > 0;) free_[i].indices.push_back(index);
+  }
+}
+
+std::optional<Slot> SlotMap::allocate() {
+  std::lock_guard lock(mutex_);
+  double total = 0;
+  for (std::size_t i = 0; i < free_.size(); ++i)
+    if (!free_[i].indices.empty()) total += files_[i].weight;
+  std::optional<std::uint32_t> chosen;
+  for (std::uint32_t i = 0; i < free_.size(); ++i) {
+    if (free_[i].indices.empty()) continue;
+    free_[i].credit += files_[i].weight;
+    if (!chosen || free_[i].credit > free_[*chosen].credit) chosen = i;
+  }
+  if (!chosen) return std::nullopt;
+  Free& free = free_[*chosen];
+  free.credit -= total;
+  const std::uint32_t index = free.indices.back();
+  free.indices.pop_back();
+  free.taken[index] = true;
+  peak_count_ = std::max(peak_count_, ++used_count_);
+  return Slot{*chosen, index};
+}
+
+void SlotMap::release(Slot slot) {
+  std::lock_guard lock(mutex_);
+  if (slot.file >= free_.size() || slot.index >= free_[slot.file].taken.size() || !free_[slot.file].taken[slot.index])
+    throw std::logic_error("SlotMap: release of a slot that is not taken");
+  free_[slot.file].taken[slot.index] = false;
+  free_[slot.file].indices.push_back(slot.index);
+  --used_count_;
+}
+
+std::uint64_t SlotMap::used_count() const {
+  std::lock_guard lock(mutex_);
+  return used_count_;
+}
+
+std::uint64_t SlotMap::peak_count() const {
+  std::lock_guard lock(mutex_);
+  return peak_count_;
+}
+
+}  // namespace angelptm::pages

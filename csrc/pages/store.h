@@ -1,0 +1,54 @@
+// The tiers below the device, wired together: host pool, slots, page table and
+// the engines that serve them. Owns all of it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "io/engine.h"
+#include "pages/page_mover.h"
+#include "pages/page_table.h"
+
+namespace angelptm::pages {
+
+struct StoreFile {
+  std::string path;
+  std::uint32_t slot_count;
+  double weight;
+};
+
+struct IoOptions {
+  io::Backend backend = io::Backend::kAuto;
+  std::size_t queue_depth = 16;
+  bool direct = true;
+  double deadline_seconds = 120;
+  std::optional<io::FaultPlan> faults;  // tests only
+};
+
+class Store {
+ public:
+  // Creates, preallocates and unlinks the slot files: the space is given back when the process ends, however it ends.
+  Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files, IoOptions options);
+
+  // An engine over the store's files, with the host pool registered; for one thread.
+  std::unique_ptr<io::Engine> make_engine();
+
+  HostPool& host() { return host_; }
+  SlotMap& slots() { return slots_; }
+  PageTable& table() { return table_; }
+  PageMover& mover() { return *mover_; }
+  const IoOptions& options() const { return options_; }
+  // One sentence for each fact that makes I/O slower than it could be, or says which backend was chosen and why.
+  const std::vector<std::string>& notes() const { return notes_; }
+
+ private:
+  IoOptions options_;
+  HostPool host_;
+  std::vector<std::string> notes_;
+  SlotMap slots_;
+  PageTable table_;
+  std::unique_ptr<PageMover> mover_;
+};
+
+}  // namespace angelptm::pages

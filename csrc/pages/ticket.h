@@ -1,0 +1,53 @@
+// A handle on asynchronous work: a count of parts that remain, and the first error among them.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+
+namespace angelptm {
+
+struct DeadlineError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Thread-safe. The side that works calls finish_part; any side may wait.
+class Ticket {
+ public:
+  // `what` completes "waited N s for ..." in the message of a missed deadline.
+  Ticket(std::string what, std::size_t parts) : what_(std::move(what)), remaining_(parts) {}
+
+  void finish_part(std::exception_ptr error = nullptr) {
+    std::lock_guard lock(mutex_);
+    if (error && !error_) error_ = error;
+    if (--remaining_ == 0) finished_.notify_all();
+  }
+
+  bool done() const {
+    std::lock_guard lock(mutex_);
+    return remaining_ == 0;
+  }
+
+  // Returns when all parts are done; throws the first part's error, or DeadlineError.
+  void wait(double deadline_seconds) {
+    std::unique_lock lock(mutex_);
+    const auto limit = std::chrono::duration<double>(deadline_seconds);
+    if (!finished_.wait_for(lock, limit, [this] { return remaining_ == 0; }))
+      throw DeadlineError("waited " + std::to_string(deadline_seconds) + " s for " + what_ + ": " +
+                          std::to_string(remaining_) + " parts are not done");
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::string what_;
+  mutable std::mutex mutex_;
+  std::condition_variable finished_;
+  std::size_t remaining_;
+  std::exception_ptr error_;
+};
+
+}  // namespace angelptm
