@@ -78,6 +78,7 @@ void bind_mover(py::module_& module) {
              if (!page) return std::nullopt;
              return std::make_tuple(page->index, integer(page->address), page->bytes);
            })
+      .def("take_loaded", &PageMover::take_loaded)
       .def("end_load", &PageMover::end_load, Release())
       .def("staging_frame", &PageMover::staging_frame, Release())
       .def("try_staging_frame", &PageMover::try_staging_frame, Release())

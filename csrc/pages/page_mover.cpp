@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace angelptm::pages {
 
@@ -121,6 +122,12 @@ std::optional<LoadedPage> PageMover::next_loaded() {
   ready_frames_.pop_front();
   ++load_handed_out_;
   return page;
+}
+
+Frame PageMover::take_loaded() {
+  std::lock_guard lock(mutex_);
+  if (handed_out_ == kNoFrame) throw std::logic_error("PageMover: the page handed out last has no staging frame to take");
+  return std::exchange(handed_out_, kNoFrame);
 }
 
 void PageMover::end_load() {

@@ -32,7 +32,8 @@ class PageMover {
   // Reads. A load in progress must be finished (next_loaded returned empty) or ended before another begins.
   void begin_load(std::vector<PageId> pages);
   std::optional<LoadedPage> next_loaded();  // in the order of arrival; empty when all were handed out
-  void end_load();                          // gives up what is left, after waiting for reads in flight
+  Frame take_loaded();                       // the frame of the page handed out last is the caller's now (SSD pages only)
+  void end_load();                           // gives up what is left, after waiting for reads in flight
 
   // Writes. The caller fills a staging frame and hands it over; the page shows the new content when its write is done,
   // and until then a load of the page waits for it.

@@ -1,0 +1,41 @@
+"""The CPU as a device: GPU memory emulated by an arena with a hard cap."""
+
+from __future__ import annotations
+
+import mmap
+
+import angelptm_native as native
+import torch
+
+
+class CpuDevice:
+    """An arena of exactly ``arena_bytes`` in anonymous memory, committed by use. See :class:`Device`."""
+
+    def __init__(self, arena_bytes: int) -> None:
+        self.torch_device = torch.device("cpu")
+        self.arena_bytes = arena_bytes
+        self.read_bytes = 0
+        self.written_bytes = 0
+        self._memory = mmap.mmap(-1, arena_bytes)
+        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+
+    def view(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        # A fresh tensor for each view: a write through one of them must not bump the version that autograd checks in
+        # another.
+        whole = torch.frombuffer(self._memory, dtype=dtype)
+        return torch.as_strided(whole, shape, stride, offset // dtype.itemsize)
+
+    def copy_in(self, offset: int, host_address: int, size: int) -> None:
+        assert 0 <= offset and offset + size <= self.arena_bytes
+        native.copy_bytes(self._base + offset, host_address, size)
+        self.written_bytes += size
+
+    def address(self, offset: int) -> int:
+        return self._base + offset
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return None
+        offset = tensor.data_ptr() - self._base
+        return offset if 0 <= offset < self.arena_bytes else None

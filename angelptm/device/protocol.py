@@ -1,0 +1,34 @@
+"""What the engine needs of a device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Device(Protocol):
+    """One arena of fixed size, views of it, and copies into it. Offsets and sizes are bytes."""
+
+    torch_device: torch.device
+    arena_bytes: int
+    read_bytes: int
+    """Bytes copied out of the device's tensors so far (gradients)."""
+    written_bytes: int
+    """Bytes copied into the arena so far."""
+
+    def view(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over arena memory. It shares no version counter with any other view."""
+        ...
+
+    def copy_in(self, offset: int, host_address: int, size: int) -> None:
+        """Copies host memory into the arena; the content is there when this returns."""
+        ...
+
+    def address(self, offset: int) -> int:
+        """The address of an arena byte, for kernels that run where the arena is addressable."""
+        ...
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """The tensor's first byte as an arena offset, or None for a tensor elsewhere."""
+        ...

@@ -1,0 +1,137 @@
+"""Turns a plan into pages of the native store. All memory and disk space of a run is taken here, once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import angelptm_native as native
+
+from angelptm.errors import ConfigError
+from angelptm.plan import Plan, SpanPlan
+
+_BACKENDS = {"auto": native.Backend.AUTO, "uring": native.Backend.URING, "threads": native.Backend.THREADS}
+_HOMES = {"host": native.Home.HOST, "ssd": native.Home.SSD}
+
+
+@dataclass(frozen=True)
+class SpanPages:
+    """Page ids of one span. ``param`` is None where the parameters live on the device."""
+
+    elements: int
+    master: tuple[int, ...]
+    exp_avg: tuple[int, ...]
+    exp_avg_sq: tuple[int, ...]
+    grad: tuple[int, ...]
+    param: int | None
+
+
+@dataclass(frozen=True)
+class UnitPages:
+    """Page ids of one unit. ``params`` covers the frozen section too, and is empty for parameters that live on the
+    device; ``frozen_start`` is its first frozen page."""
+
+    spans: tuple[SpanPages, ...]
+    params: tuple[int, ...]
+    frozen_start: int
+
+
+PageIds = tuple[UnitPages, ...]
+
+
+def open_store(
+    plan: Plan,
+    *,
+    backend: str,
+    queue_depth: int,
+    direct: bool,
+    deadline_seconds: float,
+    faults: native.FaultPlan | None = None,
+) -> native.Store:
+    """Allocates the host pool and preallocates the slot files.
+
+    Folders are created where missing. The files have no name from the moment they are open, so their space is given
+    back when the process ends, however it ends. Raises ConfigError for a folder that cannot be used, IoError otherwise.
+    """
+    files = []
+    made: list[Path] = []
+    for index, (folder, slots, weight) in enumerate(plan.ssd_slots_by_path):
+        path = Path(folder)
+        try:
+            missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            made += missing
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            remove_folders(made)
+            raise ConfigError(
+                f"tiers.ssd.{index}.path", folder, f"a folder that can be written ({error.strerror})"
+            ) from error
+        files.append((str(path / f"angelptm-{uuid.uuid4().hex}.pages"), slots, weight))
+    try:
+        return native.Store(
+            plan.page_bytes,
+            plan.host_frames,
+            files,
+            backend=_BACKENDS[backend],
+            queue_depth=queue_depth,
+            direct=direct,
+            deadline_seconds=deadline_seconds,
+            faults=faults,
+        )
+    except BaseException:
+        remove_folders(made)
+        raise
+
+
+def remove_folders(folders: list[Path]) -> None:
+    """Removes the folders that were made for a store that could not be opened; one that is in use stays."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _add(store: native.Store, home: str, elements: int, itemsize: int, page_bytes: int) -> tuple[int, ...]:
+    """Pages for a run of elements; the last one is as long as its content."""
+    total = elements * itemsize
+    sizes = [min(page_bytes, total - start) for start in range(0, total, page_bytes)]
+    return tuple(store.add_page(_HOMES[home], size) for size in sizes)
+
+
+def _add_span(store: native.Store, plan: Plan, span: SpanPlan) -> SpanPages:
+    states = [
+        _add(store, span.states_home, span.elements, 4, plan.page_bytes) if kind <= plan.moment_count else ()
+        for kind in range(3)
+    ]
+    grad_total = span.elements * plan.grad_itemsize
+    grads = tuple(
+        store.add_page(_HOMES[home], min(plan.page_bytes, grad_total - index * plan.page_bytes))
+        for index, home in enumerate(span.grad_homes)
+    )
+    param = (
+        None
+        if span.param_home == "device"
+        else store.add_page(_HOMES[span.param_home], span.elements * plan.param_itemsize)
+    )
+    return SpanPages(span.elements, *states, grads, param)
+
+
+def allocate_pages(store: native.Store, plan: Plan) -> PageIds:
+    """One page id for each page of the plan."""
+    pages = []
+    for unit in plan.units:
+        spans = tuple(_add_span(store, plan, span) for span in unit.spans)
+        params = [span.param for span in spans if span.param is not None]
+        frozen_start = len(unit.spans)
+        left = unit.layout.frozen_elements
+        for home in unit.frozen_homes:
+            elements = min(left, plan.page_elements)
+            left -= elements
+            if home != "device":
+                params.append(store.add_page(_HOMES[home], elements * plan.param_itemsize))
+        pages.append(UnitPages(spans, tuple(params), frozen_start))
+    return tuple(pages)

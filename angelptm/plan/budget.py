@@ -1,0 +1,400 @@
+"""Which pages live where: decided from sizes and budgets, before anything is allocated.
+
+The order of preference follows the traffic that a byte causes in one step when it lives on the SSD: a parameter is read
+for forward, read for backward and written after the update (3), a gradient is written and read (2), a state is read and
+written (2). So parameters take what room the host has first, then gradients, then states, page by page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from angelptm.errors import CapacityError
+from angelptm.plan.arena import ArenaPlacement, needed_frames, place_units, windows_of
+from angelptm.sizes import format_bytes
+from angelptm.units.layout import UnitLayout, align_up
+
+_STATE_ITEMSIZE = 4
+_SECTOR = 4096
+_MIN_STAGING = 2
+_AUTO_RING_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class SsdBudget:
+    """One folder of the SSD tier, bytes. ``size_bytes`` is None where the plan decides."""
+
+    path: str
+    size_bytes: int | None
+    free_bytes: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What the user allows, and how pages shall be placed; the ``placement`` fields mean what the config's mean."""
+
+    page_bytes: int
+    device_bytes: int
+    host_bytes: int
+    ssd: tuple[SsdBudget, ...] = ()
+    param: str = "auto"
+    grad: str = "auto"
+    states: str | float = "auto"
+    update_threads: int | None = None
+    ring_depth: int | None = None
+    queue_depth: int = 16
+    cores: int = 2
+
+
+@dataclass(frozen=True)
+class SpanPlan:
+    """A span of a unit: the elements of one PARAM page. ``states_home`` is "host" or "ssd"."""
+
+    elements: int
+    states_home: str
+    grad_homes: tuple[str, ...]
+    param_home: str
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """A unit's frames in the arena, its spans, and the homes of its frozen PARAM pages."""
+
+    layout: UnitLayout
+    frame_offset: int
+    frame_count: int
+    spans: tuple[SpanPlan, ...]
+    frozen_homes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every page lives. ``staging_frames`` are what is left of the host pool for pages on the move."""
+
+    page_bytes: int
+    param_itemsize: int
+    grad_itemsize: int
+    moment_count: int
+    units: tuple[UnitPlan, ...]
+    arena: ArenaPlacement
+    device_frames: int
+    host_frames: int
+    update_threads: int
+    ring_depth: int
+    ring_frames: int
+    home_frames: int
+    staging_frames: int
+    ssd_slots: int
+    ssd_slots_by_path: tuple[tuple[str, int, float], ...]
+    kind_bytes: dict[str, dict[str, int]]  # kind → tier → bytes of whole pages
+
+    @property
+    def page_elements(self) -> int:
+        """Elements of a PARAM page, and so of a span."""
+        return self.page_bytes // self.param_itemsize
+
+
+class _Placer:
+    """Deals pages of one kind to the host until its allowance is used up; the rest goes to the SSD."""
+
+    def __init__(self, host_pages: int) -> None:
+        self.left = host_pages
+
+    def home(self, pages: int = 1) -> str:
+        if pages <= self.left:
+            self.left -= pages
+            return "host"
+        self.left = 0
+        return "ssd"
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """Page counts of a model: what the placement is decided from."""
+
+    param_pages: int
+    grad_pages: int
+    state_pages: int
+    span_state_pages: int  # of the largest span, all kinds of state together
+    span_grad_pages: int
+
+
+def _span_elements(layout: UnitLayout, page_elements: int) -> list[int]:
+    full, rest = divmod(layout.trainable_elements, page_elements)
+    return [page_elements] * full + ([rest] if rest else [])
+
+
+def _pages(elements: int, itemsize: int, page_bytes: int) -> int:
+    return math.ceil(elements * itemsize / page_bytes)
+
+
+def _param_pages(layout: UnitLayout, page_elements: int) -> int:
+    return math.ceil(layout.trainable_elements / page_elements) + math.ceil(layout.frozen_elements / page_elements)
+
+
+def _demand(layouts: Sequence[UnitLayout], page_bytes: int, item: int, grad_item: int, moments: int) -> _Demand:
+    spans = [elements for layout in layouts for elements in _span_elements(layout, page_bytes // item)]
+    states = [(1 + moments) * _pages(elements, _STATE_ITEMSIZE, page_bytes) for elements in spans]
+    grads = [_pages(elements, grad_item, page_bytes) for elements in spans]
+    return _Demand(
+        param_pages=sum(_param_pages(layout, page_bytes // item) for layout in layouts),
+        grad_pages=sum(grads),
+        state_pages=sum(states),
+        span_state_pages=max(states, default=0),
+        span_grad_pages=max(grads, default=0),
+    )
+
+
+def _place_arena(
+    layouts: Sequence[UnitLayout], sites: Sequence[tuple[Sequence[int], int]], budgets: Budgets, item: int
+) -> tuple[ArenaPlacement, list[int]]:
+    sizes = [_param_pages(layout, budgets.page_bytes // item) for layout in layouts]
+    frames = budgets.device_bytes // budgets.page_bytes
+    windows = windows_of(sites, len(layouts))
+    placement = place_units(sizes, windows, frames)
+    if placement is None:
+        needed = needed_frames(sizes, windows) * budgets.page_bytes
+        largest = max(range(len(sizes)), key=lambda unit: sizes[unit])
+        raise CapacityError(
+            "device",
+            needed,
+            frames * budgets.page_bytes,
+            f"the units in use at the same time (the largest is {layouts[largest].name}, "
+            f"{format_bytes(sizes[largest] * budgets.page_bytes)})",
+            f"Raise tiers.device to {_mib(needed)}, or name smaller units in units.classes.",
+        )
+    return placement, sizes
+
+
+def _mib(count: int) -> str:
+    return f"{math.ceil(count / 2**20)}MiB"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Host allowance in pages of each kind, and what of the pool serves moving pages."""
+
+    param: int
+    grad: int
+    states: int
+    threads: int
+    depth: int
+    slot_frames: int
+    staging: int
+
+    @property
+    def ring_frames(self) -> int:
+        return self.threads * self.depth * self.slot_frames
+
+    @property
+    def home_frames(self) -> int:
+        return self.param + self.grad + self.states
+
+
+def _wanted(budgets: Budgets, demand: _Demand, param_on_device: bool, room: int) -> tuple[int, int, int]:
+    """Host pages of each kind when ``room`` frames are to spare for those placed automatically."""
+    params = 0 if param_on_device else demand.param_pages
+    fixed_states = {"host": demand.state_pages, "ssd": 0}.get(str(budgets.states))
+    if isinstance(budgets.states, float):
+        fixed_states = math.floor(demand.state_pages * budgets.states)
+    fixed_param = {"host": params, "ssd": 0, "device": 0}.get(budgets.param)
+    fixed_grad = {"host": demand.grad_pages, "ssd": 0}.get(budgets.grad)
+    room -= sum(fixed or 0 for fixed in (fixed_param, fixed_grad, fixed_states))
+    chosen = []
+    for fixed, total in ((fixed_param, params), (fixed_grad, demand.grad_pages), (fixed_states, demand.state_pages)):
+        pages = fixed if fixed is not None else max(0, min(total, room))
+        if fixed is None:
+            room -= pages
+        chosen.append(pages)
+    return chosen[0], chosen[1], chosen[2]
+
+
+def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Split:
+    frames = budgets.host_bytes // budgets.page_bytes
+    publish = 0 if param_on_device else 1
+    threads = budgets.update_threads or max(1, min(2, budgets.cores))
+    depth = budgets.ring_depth or _AUTO_RING_DEPTH
+    params = 0 if param_on_device else demand.param_pages
+
+    def split(param: int, grad: int, states: int, threads: int, depth: int) -> _Split:
+        # A span that straddles the border of its kind counts as one on the SSD.
+        slot = publish
+        slot += demand.span_state_pages if states < demand.state_pages else 0
+        slot += demand.span_grad_pages if grad < demand.grad_pages else 0
+        on_ssd = param < params or grad < demand.grad_pages or states < demand.state_pages
+        return _Split(param, grad, states, threads, depth, slot, _MIN_STAGING if on_ssd or params else 0)
+
+    everything = split(*_wanted(budgets, demand, param_on_device, 2**62), threads, depth)
+    if everything.home_frames + everything.ring_frames + everything.staging <= frames:
+        return everything
+
+    # Something must go to the SSD. The ring may take half of the pool; then it gets shallower, then narrower.
+    slot = publish + demand.span_state_pages + demand.span_grad_pages
+    while threads * depth * slot > frames // 2 and depth > 1 and budgets.ring_depth is None:
+        depth -= 1
+    while threads * depth * slot > frames // 2 and threads > 1 and budgets.update_threads is None:
+        threads -= 1
+    staging = min(budgets.queue_depth, max(_MIN_STAGING, frames // 8))
+    room = frames - threads * depth * slot - staging
+    chosen = split(*_wanted(budgets, demand, param_on_device, max(0, room)), threads, depth)
+    needed = chosen.home_frames + chosen.ring_frames + chosen.staging
+    if needed > frames or not budgets.ssd:
+        short = needed if needed > frames else everything.home_frames + everything.ring_frames + everything.staging
+        forced = [f"placement.{name}" for name in ("param", "grad", "states") if getattr(budgets, name) == "host"]
+        remedy = f"Raise tiers.host to {_mib(short * budgets.page_bytes)}"
+        if not budgets.ssd:
+            remedy += ", or add tiers.ssd: [{path: FOLDER}] to keep what does not fit on the SSD"
+        elif forced:
+            remedy += f", or set {' and '.join(forced)} to auto or ssd"
+        else:
+            remedy += f", or lower page_size (now {format_bytes(budgets.page_bytes)})"
+        raise CapacityError(
+            "host",
+            short * budgets.page_bytes,
+            frames * budgets.page_bytes,
+            f"pages that live there ({format_bytes((short - chosen.ring_frames - chosen.staging) * budgets.page_bytes)})"
+            f" and frames for pages on the move "
+            f"({format_bytes((chosen.ring_frames + chosen.staging) * budgets.page_bytes)})",
+            remedy + ".",
+        )
+    return chosen
+
+
+def _spread_slots(budgets: Budgets, slots: int) -> tuple[tuple[str, int, float], ...]:
+    """Slots for each folder: by weight where the user gave no size, else what fits the size. Checks the free space."""
+    if slots == 0:
+        return ()
+    page = budgets.page_bytes
+    room = [
+        (folder.size_bytes if folder.size_bytes is not None else folder.free_bytes) // page for folder in budgets.ssd
+    ]
+    for folder, pages in zip(budgets.ssd, room):
+        if folder.size_bytes is not None and folder.size_bytes > folder.free_bytes:
+            raise CapacityError(
+                "ssd",
+                folder.size_bytes,
+                folder.free_bytes,
+                f"the size given for {folder.path}",
+                "Free disk space, or lower tiers.ssd[].size.",
+            )
+    if sum(room) < slots:
+        sized = all(folder.size_bytes is not None for folder in budgets.ssd)
+        raise CapacityError(
+            "ssd",
+            slots * page,
+            sum(room) * page,
+            f"what lives on the SSD, in {', '.join(folder.path for folder in budgets.ssd)},",
+            f"Raise tiers.ssd[].size to {_mib(slots * page)} in sum."
+            if sized
+            else "Free disk space, add a folder to tiers.ssd, or raise tiers.host to keep more in memory.",
+        )
+    total = sum(folder.weight for folder in budgets.ssd)
+    counts = [min(pages, math.ceil(slots * folder.weight / total)) for folder, pages in zip(budgets.ssd, room)]
+    for index, pages in enumerate(room):
+        counts[index] += min(pages - counts[index], max(0, slots - sum(counts)))
+    return tuple((folder.path, count, folder.weight) for folder, count in zip(budgets.ssd, counts) if count)
+
+
+def make_plan(
+    layouts: Sequence[UnitLayout],
+    sites: Sequence[tuple[Sequence[int], int]],
+    budgets: Budgets,
+    *,
+    param_itemsize: int,
+    grad_itemsize: int,
+    moment_count: int,
+) -> Plan:
+    """The plan of a model under budgets.
+
+    ``sites`` are (units, depth) in the order in which a forward pass enters them. Raises CapacityError naming the tier,
+    the bytes needed and available, and what would help; nothing has been allocated then.
+    """
+    page_bytes = budgets.page_bytes
+    demand = _demand(layouts, page_bytes, param_itemsize, grad_itemsize, moment_count)
+    arena, sizes = _place_arena(layouts, sites, budgets, param_itemsize)
+    device_frames = budgets.device_bytes // page_bytes
+    param_on_device = budgets.param == "device" or (budgets.param == "auto" and demand.param_pages <= device_frames)
+    if param_on_device and demand.param_pages > device_frames:
+        raise CapacityError(
+            "device",
+            demand.param_pages * page_bytes,
+            device_frames * page_bytes,
+            "keeping all parameters on the device (placement.param: device)",
+            f"Raise tiers.device to {_mib(demand.param_pages * page_bytes)}, or set placement.param to auto.",
+        )
+    split = _split_host(budgets, demand, param_on_device)
+    params, grads, states = _Placer(split.param), _Placer(split.grad), _Placer(split.states)
+
+    units = []
+    for index, layout in enumerate(layouts):
+        spans = []
+        for elements in _span_elements(layout, page_bytes // param_itemsize):
+            state_pages = (1 + moment_count) * _pages(elements, _STATE_ITEMSIZE, page_bytes)
+            grad_pages = _pages(elements, grad_itemsize, page_bytes)
+            spans.append(
+                SpanPlan(
+                    elements,
+                    states.home(state_pages),
+                    tuple(grads.home() for _ in range(grad_pages)),
+                    "device" if param_on_device else params.home(),
+                )
+            )
+        frozen = math.ceil(layout.frozen_elements / (page_bytes // param_itemsize))
+        frozen_homes = tuple("device" if param_on_device else params.home() for _ in range(frozen))
+        units.append(UnitPlan(layout, arena.offsets[index], sizes[index], tuple(spans), frozen_homes))
+
+    kind_bytes = _kind_bytes(units, page_bytes, moment_count, grad_itemsize)
+    live = sum(tiers["ssd"] for tiers in kind_bytes.values()) // page_bytes
+    # Nothing is overwritten in place, so every write in flight needs a slot of its own.
+    slots = live + split.threads * split.depth * max(split.slot_frames, 1) + budgets.queue_depth + 1 if live else 0
+    home_frames = sum(tiers["host"] for tiers in kind_bytes.values()) // page_bytes
+    host_frames = budgets.host_bytes // page_bytes
+    plan = Plan(
+        page_bytes=page_bytes,
+        param_itemsize=param_itemsize,
+        grad_itemsize=grad_itemsize,
+        moment_count=moment_count,
+        units=tuple(units),
+        arena=arena,
+        device_frames=device_frames,
+        host_frames=host_frames,
+        update_threads=split.threads,
+        ring_depth=split.depth,
+        ring_frames=split.ring_frames,
+        home_frames=home_frames,
+        staging_frames=host_frames - split.ring_frames - home_frames,
+        ssd_slots=slots,
+        ssd_slots_by_path=_spread_slots(budgets, slots),
+        kind_bytes=kind_bytes,
+    )
+    if live == 0 and host_frames > plan.ring_frames + plan.home_frames + budgets.queue_depth:
+        # Nothing moves to the SSD: the pool needs no more than its pages, so it takes no more.
+        needed = plan.ring_frames + plan.home_frames + budgets.queue_depth
+        plan = replace(plan, host_frames=needed, staging_frames=budgets.queue_depth)
+    return plan
+
+
+def _kind_bytes(
+    units: Sequence[UnitPlan], page_bytes: int, moment_count: int, grad_itemsize: int
+) -> dict[str, dict[str, int]]:
+    kinds = ["PARAM", "GRAD", "MASTER", "EXP_AVG", "EXP_AVG_SQ"][: 3 + moment_count]
+    pages = {kind: {"device": 0, "host": 0, "ssd": 0} for kind in kinds}
+    for unit in units:
+        for span in unit.spans:
+            pages["PARAM"][span.param_home] += page_bytes
+            for home in span.grad_homes:
+                pages["GRAD"][home] += page_bytes
+            for kind in kinds[2:]:
+                state_pages = _pages(span.elements, _STATE_ITEMSIZE, page_bytes)
+                pages[kind][span.states_home] += state_pages * page_bytes
+        for home in unit.frozen_homes:
+            pages["PARAM"][home] += page_bytes
+    return pages
+
+
+def sectors(used_bytes: int) -> int:
+    """Bytes that travel for a page with ``used_bytes`` of content."""
+    return align_up(used_bytes, _SECTOR)

@@ -1,0 +1,84 @@
+"""The element space of a unit. Pure data: neither torch nor the native module is imported here.
+
+A unit is one flat run of elements, the same for every kind of page: element ``e`` of PARAM, GRAD, MASTER, EXP_AVG and
+EXP_AVG_SQ belongs to the same parameter. Trainable parameters come first and frozen ones start on a page of their own,
+since frozen pages have neither gradients nor states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALIGN_ELEMENTS = 128
+"""Parameters start at multiples of this: 256 bytes in bf16, 512 in fp32."""
+
+
+def align_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """One parameter's place in its unit.
+
+    ``owners`` are the (module name, attribute) pairs that hold it; more than one means tied. ``offset`` counts elements
+    from the unit's start.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    trainable: bool
+    owners: tuple[tuple[str, str], ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.numel
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """A unit: its parameters in order of offset, and the sizes of its two sections in elements."""
+
+    name: str
+    index: int
+    params: tuple[ParamLayout, ...]
+    trainable_elements: int
+    frozen_offset: int
+    frozen_elements: int
+
+    @property
+    def numel(self) -> int:
+        return sum(param.numel for param in self.params)
+
+
+def pack(
+    name: str,
+    index: int,
+    params: Sequence[tuple[str, tuple[int, ...], bool, tuple[tuple[str, str], ...]]],
+    page_elements: int,
+) -> UnitLayout:
+    """Lays (name, shape, trainable, owners) tuples back to back in the order given.
+
+    ``page_elements`` is the number of elements of a PARAM page, where the frozen section must start.
+    """
+    placed: list[ParamLayout] = []
+
+    def place(trainable: bool, start: int) -> int:
+        offset = start
+        for param_name, shape, param_trainable, owners in params:
+            if param_trainable is trainable:
+                placed.append(ParamLayout(param_name, shape, offset, trainable, owners))
+                offset = align_up(offset + math.prod(shape), ALIGN_ELEMENTS)
+        return offset
+
+    trainable_elements = place(True, 0)
+    frozen_offset = align_up(trainable_elements, page_elements)
+    frozen_elements = place(False, frozen_offset) - frozen_offset
+    return UnitLayout(name, index, tuple(placed), trainable_elements, frozen_offset, frozen_elements)
