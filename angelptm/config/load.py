@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from angelptm.config.deepspeed import DeepSpeedReport, from_deepspeed, is_deepspeed
 from angelptm.config.problem import config_error
 from angelptm.config.schema import Config
 from angelptm.errors import ConfigError
+
+_log = logging.getLogger("angelptm")
 
 Source = Path | str | Mapping[str, Any] | Config
 
@@ -21,18 +25,33 @@ Source = Path | str | Mapping[str, Any] | Config
 def load_config(source: Source, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration. Raises ConfigError, and nothing else, for anything the user can get wrong.
 
-    source: path of a YAML or JSON file , a mapping of the same form, or a Config.
+    source: path of a YAML or JSON file (ours or DeepSpeed's), a mapping of the same form, or a Config.
     overrides: ``"a.b=c"``, c being YAML; a number in the path is a list index (``tiers.ssd.0.path=/nvme``).
+    They apply to our keys, also when the source is in DeepSpeed's form.
     """
+    return load_config_with_report(source, overrides)[0]
+
+
+def load_config_with_report(source: Source, overrides: Sequence[str] = ()) -> tuple[Config, DeepSpeedReport | None]:
+    """``load_config``, and what became of each key if the source is in DeepSpeed's form."""
     if isinstance(source, Config) and not overrides:
-        return source
-    content = _content(source)
+        return source, None
+    content, report = _content(source), None
+    if is_deepspeed(content):
+        content, report = from_deepspeed(content)
     for override in overrides:
         content = _overridden(content, override)
+    if report is not None:
+        _require_tiers(content)
     try:
-        return Config.model_validate(content)
+        config = Config.model_validate(content)
     except ValidationError as error:
         raise config_error(error, Config) from None
+    if report is not None:
+        _log.info("%s", report)
+        for entry in report.of("approximated"):
+            _log.warning("DeepSpeed configuration: %s", entry)
+    return config, report
 
 
 def _content(source: Source) -> dict[str, Any]:
@@ -131,3 +150,17 @@ def _with(content: Any, parts: Sequence[str], value: Any, override: str) -> Any:
     if content is not None and not isinstance(content, Mapping):
         raise ConfigError("--set", override, f"a key of a mapping, but {part!r} would be inside the value {content!r}")
     return {**(content or {}), part: _with((content or {}).get(part), rest, value, override)}
+
+
+def _require_tiers(content: Mapping[str, Any]) -> None:
+    """DeepSpeed has no key for the tiers' sizes, and guessing them would be a silent decision."""
+    tiers = content.get("tiers")
+    missing = [name for name in ("device", "host") if not isinstance(tiers, Mapping) or name not in tiers]
+    if missing:
+        raise ConfigError(
+            " and ".join(f"tiers.{name}" for name in missing),
+            None,
+            "the bytes that the tier may hold, for which DeepSpeed has no key",
+            'Add to the file: "angelptm": {"tiers": {"device": "8GiB", "host": "32GiB"}} with your sizes, '
+            "or pass --set tiers.device=8GiB --set tiers.host=32GiB.",
+        )
