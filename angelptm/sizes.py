@@ -22,7 +22,9 @@ _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 def parse_bytes(text: int | str) -> int:
     """``"512MiB"`` → 536870912. A bare number is bytes. Raises ValueError with the forms that are accepted."""
     if isinstance(text, bool) or not isinstance(text, (int, str)):
-        raise ValueError(f"{text!r} is not a size; write bytes as a whole number, or a text such as '512MiB' or '1.5TB'")
+        raise ValueError(
+            f"{text!r} is not a size; write bytes as a whole number, or a text such as '512MiB' or '1.5TB'"
+        )
     if isinstance(text, int):
         if text < 0:
             raise ValueError(f"{text} is negative")

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <optional>
 #include <span>
@@ -30,23 +29,31 @@ struct Outcome {
 };
 
 struct Counters {
-  std::uint64_t read_bytes = 0, written_bytes = 0;        // of completed attempts, resumed ones included once
-  std::uint64_t read_count = 0, write_count = 0;          // completed transfers
+  std::uint64_t read_bytes = 0, written_bytes = 0;  // of completed attempts, resumed ones included once
+  std::uint64_t read_count = 0, write_count = 0;    // completed transfers
   std::uint64_t resumed_count = 0, retried_count = 0, failed_count = 0;
 };
 
 // One thread at a time; its owner serializes. Transfers beyond the queue's depth wait in the engine in order.
 class Engine {
  public:
-  Engine(std::vector<std::shared_ptr<const File>> files, std::unique_ptr<Queue> queue);
-  ~Engine();  // waits (bounded) for what is in flight, since the kernel still owns those buffers
+  // close_seconds: how long the destructor may wait.
+  Engine(std::vector<std::shared_ptr<const File>> files, std::unique_ptr<Queue> queue, double close_seconds = 30);
+  // Drops what was not yet handed to the queue and waits for what was, since the kernel still owns those buffers. If
+  // close_seconds pass first, the queue is leaked (the kernel may still write through it), which standard error tells.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
 
-  // Checks alignment and length of each transfer first (std::invalid_argument: a programmer's error), then queues all and
-  // submits what fits, in one batch. Never waits.
+  // Checks alignment and length of each transfer first (std::invalid_argument: a programmer's error), then queues all
+  // and submits what fits, in one batch. Never waits.
   void submit(std::span<const Transfer> transfers);
   // Appends finished outcomes, waiting until at least `at_least` are there. Throws IoError(kDeadline) naming the oldest
   // unfinished transfer when the deadline passes first; what had finished by then has been appended.
   std::size_t reap(std::vector<Outcome>& outcomes, std::size_t at_least, Clock::time_point deadline);
+  // As reap, but a deadline that passes first is no error: fewer than at_least were appended.
+  std::size_t reap_some(std::vector<Outcome>& outcomes, std::size_t at_least, Clock::time_point deadline);
+  // Both refuse an at_least above unfinished() (std::invalid_argument): nothing would ever end that wait.
   std::size_t unfinished() const;  // submitted and not yet reaped
 
   const Counters& counters() const { return counters_; }
@@ -55,8 +62,10 @@ class Engine {
 
  private:
   struct State;
+  void settle(std::uint64_t slot, std::int32_t result);  // one answer of the queue
   std::vector<std::shared_ptr<const File>> files_;
   std::unique_ptr<Queue> queue_;
+  double close_seconds_;
   Counters counters_;
   std::unique_ptr<State> state_;
 };
@@ -65,6 +74,6 @@ enum class Backend { kAuto, kUring, kThreads };
 // kAuto: uring where it works here, else threads; `chosen_because` gets one sentence that says which and why.
 std::unique_ptr<Engine> make_engine(Backend backend, std::vector<std::shared_ptr<const File>> files,
                                     std::vector<Region> regions, std::size_t depth, const FaultPlan* faults = nullptr,
-                                    std::string* chosen_because = nullptr);
+                                    std::string* chosen_because = nullptr, double close_seconds = 30);
 
 }  // namespace angelptm::io

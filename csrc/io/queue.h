@@ -44,7 +44,7 @@ class Queue {
  public:
   virtual ~Queue() = default;
   virtual const char* name() const = 0;
-  virtual std::size_t depth() const = 0;
+  virtual std::size_t depth() const = 0;  // most attempts in flight at once
   // Why something that makes it fast is off ("buffers not registered: ENOMEM, RLIMIT_MEMLOCK is 8 MiB"), or empty.
   virtual std::string notes() const { return {}; }
   // Hands over at most depth() - in_flight attempts in one batch; returns how
@@ -72,8 +72,11 @@ struct FaultPlan {
   double enospc = 0;          // writes only: answer -ENOSPC without transferring
   double delay = 0;           // hold the answer back for delay_seconds
   double delay_seconds = 0;
-  bool reorder = false;       // shuffle the answers of each reap
+  bool reorder = false;  // shuffle the answers of each reap
 };
-std::unique_ptr<Queue> make_fault_queue(std::unique_ptr<Queue> inner, const FaultPlan& plan);
+// `files` are the inner queue's: their alignments say where a transfer may be cut short. The fate of an attempt depends
+// on the seed and on how many attempts were taken before it, so the same order of attempts meets the same faults.
+std::unique_ptr<Queue> make_fault_queue(std::unique_ptr<Queue> inner, std::vector<std::shared_ptr<const File>> files,
+                                        const FaultPlan& plan);
 
 }  // namespace angelptm::io

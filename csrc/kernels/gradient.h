@@ -29,7 +29,8 @@ constexpr std::size_t kBlock = 16384;
 GradStats accumulate(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::size_t count, bool add,
                      std::uint64_t first_element);
 
-// The tree above the pages: values[i] is the node of the aligned group i of equal size. Also used for the leaves in accumulate.
+// The tree above the pages: values[i] is the node of the aligned group i of equal size. Also used for the leaves in
+// accumulate.
 double tree_sum(const double* values, std::size_t count, std::uint64_t first_index);
 
 }  // namespace angelptm::kernels

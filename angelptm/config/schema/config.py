@@ -1,0 +1,119 @@
+"""The whole configuration, and the rules that span sections."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
+
+from angelptm.config.problem import config_error
+from angelptm.config.schema.execution import Io, Units, Update
+from angelptm.config.schema.hardware import read_hardware
+from angelptm.config.schema.optimizer import Optimizer
+from angelptm.config.schema.tiers import Placement, Tiers
+from angelptm.config.schema.training import Data, Model, Schedule, Training
+from angelptm.config.schema.types import Bytes, Section, UserPath, expected
+
+_MIN_PAGE_BYTES = 64 * 2**10
+
+
+class Config(Section):
+    """Everything that decides what a run does. Frozen; raises ConfigError, whether built here or by load_config."""
+
+    device: Literal["cpu"] = Field(default="cpu", description="Where the model computes; cpu emulates GPU memory.")
+    tiers: Tiers = Field(description="Byte budgets of the device arena, the host pool and the SSD files.")
+    page_size: Bytes = Field(default=4 * 2**20, description="Bytes of a page: a power of two, at least 64KiB.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Compute precision of parameters and activations; master and states stay fp32."
+    )
+    optimizer: Optimizer = Field(default=Optimizer(), description="Update rule and parameter groups.")
+    placement: Placement = Field(default=Placement(), description="Home tier of each kind of page.")
+    update: Update = Field(default=Update(), description="The native updater.")
+    io: Io = Field(default=Io(), description="Reading and writing of page files.")
+    units: Units = Field(default=Units(), description="What is fetched together.")
+    gradient_clipping: float | None = Field(default=None, gt=0, description="Max global gradient norm. null: off.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute the blocks' activations in backward.")
+    hardware: UserPath | None = Field(
+        default=None, description="YAML written by `angelptm io tune`; gives io.backend and io.queue_depth if not set."
+    )
+    model: Model = Field(default=Model(), description="The model to build; not needed for a module of your own.")
+    data: Data = Field(default=Data(), description="The tokens to train on.")
+    training: Training = Field(default=Training(), description="Length, seed, and what to show.")
+    schedule: Schedule = Field(default=Schedule(), description="The learning rate over the steps.")
+    run_dir: UserPath | None = Field(default=None, description="Folder of this run's records. null: chosen by train.")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise config_error(error, Config) from None
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _known_device(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("cuda"):
+            raise expected("'cpu'", remedy="CUDA devices are not available in this version.")
+        return value
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _known_precision(cls, value: Any) -> Any:
+        if value in ("fp16", "float16", "half", 16):
+            raise expected("'fp32' or 'bf16'", remedy="fp16 is not offered; use bf16, which needs no loss scaling.")
+        return {"float32": "fp32", "bfloat16": "bf16"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("page_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value < _MIN_PAGE_BYTES or value & (value - 1):
+            raise expected("a power of two of at least 64KiB, such as '1MiB' or '4MiB'")
+        return value
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Self:
+        for tier in ("device", "host"):
+            size = getattr(self.tiers, tier)
+            if size < self.page_size:
+                raise expected(
+                    f"at least one page ({self.page_size} bytes)",
+                    key=f"tiers.{tier}",
+                    value=size,
+                    remedy="Raise the budget or lower page_size.",
+                )
+        if not self.tiers.ssd and (asking := self.placement.uses_ssd()):
+            raise expected(
+                "a tier that the run has, as tiers.ssd is empty",
+                key=f"placement.{asking[0]}",
+                value=getattr(self.placement, asking[0]),
+                remedy="Add tiers.ssd: [{path: FOLDER}].",
+            )
+        if self.schedule.warmup_steps > self.training.steps > 0:
+            raise expected(
+                f"at most training.steps ({self.training.steps})",
+                key="schedule.warmup_steps",
+                value=self.schedule.warmup_steps,
+            )
+        if self.hardware is not None:
+            object.__setattr__(self, "io", _io_from_hardware(self.io, read_hardware(self.hardware)))
+        return self
+
+    def resolved_yaml(self) -> str:
+        """Every key with its value, sizes as the shortest exact text; loading it gives an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of the canonical JSON without run_dir: equal for runs that do the same work."""
+        content = self.model_dump(mode="json", exclude={"run_dir"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _io_from_hardware(io: Io, measured: Io) -> Io:
+    """What the user set stays; the rest comes from the measurement. Measured keys still count as not set."""
+    chosen = {name: getattr(io if name in io.model_fields_set else measured, name) for name in Io.model_fields}
+    return Io.model_construct(_fields_set=set(io.model_fields_set), **chosen)

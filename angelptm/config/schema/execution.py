@@ -1,0 +1,61 @@
+"""How a step is carried out: updating threads, I/O, and what forms a unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from angelptm.config.schema.types import Section, expected
+
+
+def _count(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise expected("'auto' or a whole number of at least 1")
+    return value
+
+
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count)]
+
+
+class Update(Section):
+    """The native updater: threads that read states, apply the rule, write states and publish parameters."""
+
+    mode: Literal["sync"] = Field(
+        default="sync", description="sync: bit-identical to the same kernel without paging, and still overlapped."
+    )
+    threads: CountOrAuto = Field(default="auto", description="Updating threads. auto: from the cores available.")
+    ring_depth: CountOrAuto = Field(default="auto", description="Spans in flight per updating thread.")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _known_mode(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(("bounded", "lock_free", "lock-free")):
+            raise expected("'sync'", remedy="Modes with stale parameters are not available in this version.")
+        return value
+
+
+class Io(Section):
+    """How page files are read and written."""
+
+    backend: Literal["auto", "uring", "threads"] = Field(
+        default="auto", description="I/O engine. auto: uring where the kernel permits it, else threads."
+    )
+    queue_depth: int = Field(default=16, ge=1, le=4096, description="Page transfers in flight per queue.")
+    direct: bool = Field(default=True, description="Bypass the page cache with O_DIRECT where the file system permits.")
+    deadline_seconds: float = Field(
+        default=120.0, gt=0, description="Seconds that any wait for I/O may last before the run stops with an error."
+    )
+
+
+class Units(Section):
+    """What is fetched together."""
+
+    classes: list[str] = Field(
+        default=[],
+        description="Class names of modules that form a unit. Empty: the repeated blocks of a ModuleList, then leaves.",
+    )

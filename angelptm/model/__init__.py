@@ -1,0 +1,1 @@
+"""Models to build from a configuration."""

@@ -1,0 +1,64 @@
+// Eight floats, four doubles (AVX2). Same operations as ScalarLanes, where they are described.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/lanes_scalar.h"
+
+namespace angelptm::kernels {
+namespace {
+
+struct Avx2Lanes {
+  using Float = __m256;
+  using Double = __m256d;
+  static constexpr std::size_t kFloats = 8;
+  static constexpr std::size_t kDoubles = 4;
+
+  static Float load(const float* from) { return _mm256_loadu_ps(from); }
+  static Float load(const std::uint16_t* from) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  static void store(float* to, Float x) { _mm256_storeu_ps(to, x); }
+  static void store(std::uint16_t* to, Float rounded) {
+    const __m256i halves = _mm256_srli_epi32(_mm256_castps_si256(rounded), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+  }
+  static Float all(float x) { return _mm256_set1_ps(x); }
+
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static Float sqrt(Float a) { return _mm256_sqrt_ps(a); }
+  static Float signed_like(Float x, Float of) {
+    const Float negated = _mm256_xor_ps(x, _mm256_set1_ps(-0.0f));
+    const Float positive = _mm256_cmp_ps(of, _mm256_setzero_ps(), _CMP_GT_OQ);
+    const Float negative = _mm256_cmp_ps(of, _mm256_setzero_ps(), _CMP_LT_OQ);
+    return _mm256_or_ps(_mm256_and_ps(positive, x), _mm256_and_ps(negative, negated));
+  }
+
+  static Float one_nan(Float a) {
+    const Float nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    return _mm256_blendv_ps(a, nan, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
+  static Float to_bf16(Float a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+
+  static void add_squares(Double* sums, Float a) {
+    const Double low = _mm256_cvtps_pd(_mm256_castps256_ps128(a));
+    const Double high = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
+    sums[0] = _mm256_add_pd(sums[0], _mm256_mul_pd(low, low));
+    sums[1] = _mm256_add_pd(sums[1], _mm256_mul_pd(high, high));
+  }
+  static Double zero() { return _mm256_setzero_pd(); }
+  static void store(double* to, Double a) { _mm256_storeu_pd(to, a); }
+};
+
+}  // namespace
+}  // namespace angelptm::kernels

@@ -1,0 +1,69 @@
+// Sixteen floats, eight doubles (AVX-512 F, BW, DQ, VL). Same operations as ScalarLanes, where they are described.
+// AVX512_BF16's own conversion is of no use: it flushes denormals to zero.
+#pragma once
+
+// GCC 12 takes the deliberately undefined pass-through operands of its own intrinsics for a mistake (its bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "kernels/lanes_scalar.h"
+
+namespace angelptm::kernels {
+namespace {
+
+struct Avx512Lanes {
+  using Float = __m512;
+  using Double = __m512d;
+  static constexpr std::size_t kFloats = 16;
+  static constexpr std::size_t kDoubles = 8;
+
+  static Float load(const float* from) { return _mm512_loadu_ps(from); }
+  static Float load(const std::uint16_t* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  static void store(float* to, Float x) { _mm512_storeu_ps(to, x); }
+  static void store(std::uint16_t* to, Float rounded) {
+    const __m512i halves = _mm512_srli_epi32(_mm512_castps_si512(rounded), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(halves));
+  }
+  static Float all(float x) { return _mm512_set1_ps(x); }
+
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
+  static Float signed_like(Float x, Float of) {
+    const __mmask16 positive = _mm512_cmp_ps_mask(of, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __mmask16 negative = _mm512_cmp_ps_mask(of, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const Float negated = _mm512_xor_ps(x, _mm512_set1_ps(-0.0f));
+    return _mm512_mask_mov_ps(_mm512_maskz_mov_ps(positive, x), negative, negated);
+  }
+
+  static Float one_nan(Float a) {
+    const Float nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+    return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
+  }
+  static Float to_bf16(Float a) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+
+  static void add_squares(Double* sums, Float a) {
+    const Double low = _mm512_cvtps_pd(_mm512_castps512_ps256(a));
+    const Double high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+    sums[0] = _mm512_add_pd(sums[0], _mm512_mul_pd(low, low));
+    sums[1] = _mm512_add_pd(sums[1], _mm512_mul_pd(high, high));
+  }
+  static Double zero() { return _mm512_setzero_pd(); }
+  static void store(double* to, Double a) { _mm512_storeu_pd(to, a); }
+};
+
+}  // namespace
+}  // namespace angelptm::kernels
