@@ -1,1 +1,1 @@
-"""Models to build from a configuration."""
+"""Models: presets, building without values, and where values come from. Import the parts by name."""

@@ -94,7 +94,9 @@ def find_structure(model: nn.Module, classes: Collection[str] = ()) -> Structure
     def own(unit: FoundUnit, index: int, module_name: str, module: nn.Module) -> list[int]:
         """Enters the module's direct parameters; returns the units they are in."""
         used = []
-        for attribute, param in module.named_parameters(recurse=False):
+        for attribute, param in module._parameters.items():
+            if param is None:
+                continue
             first = f"{module_name}.{attribute}" if module_name else attribute
             if id(param) not in unit_of_param:
                 unit_of_param[id(param)] = (index, first)

@@ -1,0 +1,356 @@
+"""The engine: one model, trained through the tiers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import angelptm_native as native
+import torch
+from torch import nn
+
+from angelptm.config import Config, load_config
+from angelptm.device import CpuDevice
+from angelptm.engine.dtypes import NATIVE_DTYPES, TORCH_DTYPES
+from angelptm.engine.export import LazyState, export_safetensors
+from angelptm.engine.gradients import Gradients
+from angelptm.engine.hooks import Hooks
+from angelptm.engine.leaves import UnitLeaves, put
+from angelptm.engine.optimizer import RULES, PagedOptimizer
+from angelptm.engine.parked import ParkedParameter
+from angelptm.engine.residency import Residency
+from angelptm.engine.setup import checkpoint_blocks, grad_precision, lay_out, param_groups, parameter, plan_of
+from angelptm.engine.traffic import Traffic
+from angelptm.engine.updates import Updates
+from angelptm.engine.values import Values
+from angelptm.errors import AngelPTMError, NonFiniteError
+from angelptm.model.materialize import source_of
+from angelptm.pages import allocate_pages, open_store
+from angelptm.plan import Plan
+from angelptm.units import ParamLayout
+
+_log = logging.getLogger("angelptm")
+
+
+class Engine:
+    """Trains ``module``, the user's own model, whose parameters are in pages from here on.
+
+    Made by :func:`angelptm.initialize`. Use it in either style::
+
+        loss = engine(**batch).loss          loss = engine(**batch).loss
+        engine.backward(loss)                loss.backward()
+        engine.step()                        engine.optimizer.step()
+                                             engine.optimizer.zero_grad()
+
+    Not thread-safe: one thread drives it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        groups: Sequence[dict[str, Any]] | None = None,
+        faults: native.FaultPlan | None = None,
+    ) -> None:
+        self.module = model
+        self.config = config
+        structure, layouts = lay_out(model, config)
+        self.plan: Plan = plan_of(structure, layouts, config)
+        self._dtype = TORCH_DTYPES[config.precision]
+        grad_dtype = TORCH_DTYPES[grad_precision(config)]
+        self._params: dict[str, tuple[int, ParamLayout]] = {
+            param.name: (layout.index, param) for layout in layouts for param in layout.params
+        }
+        trainable = [name for name, (_, param) in self._params.items() if param.trainable]
+        names_by_id = {id(parameter(model, param.owners[0])): name for name, (_, param) in self._params.items()}
+        named_groups = param_groups(trainable, config, groups, names_by_id)
+
+        # Nothing was allocated until here.
+        self._store = open_store(
+            self.plan,
+            backend=config.io.backend,
+            queue_depth=config.io.queue_depth,
+            direct=config.io.direct,
+            deadline_seconds=config.io.deadline_seconds,
+            faults=faults,
+        )
+        for note in self._store.notes:
+            _log.info("%s", note)
+        self._device = CpuDevice(self.plan.device_frames * self.plan.page_bytes)
+        pages = allocate_pages(self._store, self.plan)
+        self._updates = Updates(
+            self._store,
+            self.plan,
+            pages,
+            rule=RULES[config.optimizer.type],
+            grad_dtype=NATIVE_DTYPES[grad_dtype],
+            param_dtype=NATIVE_DTYPES[self._dtype],
+            device_params={
+                (unit, span): self._device.address((plan.frame_offset + span) * self.plan.page_bytes)
+                for unit, plan in enumerate(self.plan.units)
+                if not pages[unit].params
+                for span in range(len(plan.spans))
+            },
+            deadline_seconds=config.io.deadline_seconds,
+        )
+        self._gradients = Gradients(self.plan, pages, self._store, self._device, grad_dtype)
+        self._values = Values(self.plan, pages, self._store, self._device, self._dtype, self._updates)
+        self._leaves = [
+            UnitLeaves(layout, model, self._device, self._dtype, self._gradients.has, self._gradients.accumulate)
+            for layout in layouts
+        ]
+        self._fill(model)
+        self._residency = Residency(self.plan, pages, self._store, self._device, self._leaves, self._updates)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model, structure)
+        self._hooks = Hooks(model, structure.sites, self._residency, self._dtype, lambda: None)
+        self._traffic = Traffic(self._store, self._device, self._updates)
+        parked = {name: self._leaves[unit].parked[name] for name, (unit, _) in self._params.items()}
+        self.optimizer = PagedOptimizer(
+            [{**group, "params": [parked[name] for name in group["params"]]} for group in named_groups],
+            config.optimizer,
+            self._take_step,
+            self._gradients.clear,
+        )
+        self._steps_of: dict[str, int] = dict.fromkeys(trainable, 0)
+        self._micro_step = 0
+        self._max_norm: float | None = None
+        self.global_step = 0
+        self.grad_norm: float | None = None
+        """The global gradient norm before clipping at the last step; None when nothing asked for it."""
+        self.step_seconds = 0.0
+
+    def _fill(self, model: nn.Module) -> None:
+        """Moves the model's values into pages and parks its parameters, one unit at a time."""
+        source = source_of(model)
+        for unit, leaves in enumerate(self._leaves):
+            self._values.fill(unit, source.values(model, leaves.layout))
+            leaves.park()
+
+    # The training loop.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. In bf16, floating-point inputs are cast."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """``loss`` divided by ``gradient_accumulation_steps``, back through the model.
+
+        Raises NonFiniteError, with gradients dropped and nothing changed, when the loss is inf or NaN.
+        """
+        if not bool(torch.isfinite(loss.detach()).all()):
+            self._gradients.clear()
+            self._micro_step = 0
+            raise NonFiniteError(
+                f"step {self.global_step}: the loss is {float(loss.detach().float().mean())}. Parameters and states are those of "
+                "the last good step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
+            )
+        try:
+            (loss / self.config.gradient_accumulation_steps).backward()
+        finally:
+            self._hooks.abandon_backward()
+        self._micro_step += 1
+
+    def step(self) -> bool:
+        """Takes the optimizer step once ``gradient_accumulation_steps`` backward passes are done; says whether it did."""
+        if self._micro_step < self.config.gradient_accumulation_steps:
+            return False
+        self.optimizer.step()
+        return True
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Lets the next step scale the gradients to a global L2 norm of at most ``max_norm``; returns the norm now."""
+        self._max_norm = max_norm
+        return self._gradients.norm()
+
+    def _take_step(self) -> None:
+        """Hands all gradients to the updater, in the order in which the next forward needs the units."""
+        start = time.perf_counter()
+        self._micro_step = 0
+        max_norm = self._max_norm if self._max_norm is not None else self.config.gradient_clipping
+        self._max_norm = None
+        self._gradients.flush()
+        if not self._gradients.finite:
+            self._gradients.clear()
+            raise NonFiniteError(
+                f"step {self.global_step}: a gradient is inf or NaN. Parameters and states are those of the last good "
+                "step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
+            )
+        grad_scale = 1.0
+        if max_norm is not None:
+            self.grad_norm = self._gradients.norm()
+            grad_scale = min(1.0, max_norm / (self.grad_norm + 1e-6))
+        group_of = {
+            param.param_name: index  # type: ignore[attr-defined]
+            for index, group in enumerate(self.optimizer.param_groups)
+            for param in group["params"]
+        }
+        for unit, leaves in enumerate(self._leaves):
+            present = self._gradients.params_with_gradient(unit) & group_of.keys()
+            if not present:
+                continue
+            runs, keys = self._runs(leaves.layout.params, present, group_of)
+            hypers = [
+                self.optimizer.hyper(self.optimizer.param_groups[group], step, grad_scale) for group, step in keys
+            ]
+            self._residency.expire(unit)
+            self._updates.submit(unit, runs, hypers)
+            self._gradients.forget(unit)
+        self._gradients.passed()
+        self.global_step += 1
+        self.step_seconds += time.perf_counter() - start
+
+    def _runs(
+        self, params: Iterable[ParamLayout], present: set[str], group_of: Mapping[str, int]
+    ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+        """Runs of neighbouring parameters that share group and step count, and the (group, step) of each run's index.
+
+        A run reaches to its next member over the gap between them, whose states and gradients are zero.
+        """
+        runs: list[tuple[int, int, int]] = []
+        keys: list[tuple[int, int]] = []
+        joins = False
+        for param in params:
+            if param.name not in present:
+                joins = False
+                continue
+            self._steps_of[param.name] += 1
+            key = (group_of[param.name], self._steps_of[param.name])
+            if key not in keys:
+                keys.append(key)
+            if joins and runs[-1][2] == keys.index(key):
+                runs[-1] = (runs[-1][0], param.end, runs[-1][2])
+            else:
+                runs.append((param.offset, param.end, keys.index(key)))
+            joins = True
+        return runs, keys
+
+    def drain(self) -> None:
+        """Waits until every update under way is published; raises what went wrong in one."""
+        self._updates.drain()
+
+    # Access to values.
+
+    @contextmanager
+    def gathered(
+        self, params: str | torch.Tensor | Iterable[str | torch.Tensor], *, modify: bool = False
+    ) -> Iterator[dict[str, nn.Parameter]]:
+        """Real values of parameters, by name, and in their modules' attributes, inside the ``with`` block.
+
+        ``params``: names, or the parameters that ``named_parameters`` gives. The values are copies in compute precision;
+        with ``modify`` they are the fp32 masters, and what they are at the end of the block is written back to both.
+        """
+        given = [params] if isinstance(params, (str, torch.Tensor)) else list(params)
+        names = [param if isinstance(param, str) else getattr(param, "param_name", "") for param in given]
+        for name in names:
+            if name not in self._params:
+                raise AngelPTMError(f"gathered: {name or 'a tensor'!r} is not a parameter of this engine's model")
+        real: dict[str, nn.Parameter] = {}
+        for name in names:
+            unit, param = self._params[name]
+            value = self._values.read(unit, param, master=modify)
+            real[name] = nn.Parameter(value, requires_grad=param.trainable)
+            for module_name, attribute in param.owners:
+                put(self.module.get_submodule(module_name), attribute, real[name])
+        try:
+            yield real
+        finally:
+            for name in names:
+                unit, param = self._params[name]
+                for module_name, attribute in param.owners:
+                    put(self.module.get_submodule(module_name), attribute, self._leaves[unit].parked[name])
+        if modify:
+            for name, value in real.items():
+                unit, param = self._params[name]
+                self._values.write(unit, param, value)
+                self._residency.expire(unit)
+
+    def state_dict(self, *, master: bool = False) -> LazyState:
+        """The model's parameters and buffers as a mapping that reads each value when it is asked for.
+
+        ``dict(engine.state_dict())`` has them all in memory. With ``master``, trainable parameters come in fp32.
+        """
+        return LazyState(self.module, self._params, self._values, master=master)
+
+    def export_safetensors(
+        self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, master: bool = False
+    ) -> list[Path]:
+        """Writes the parameters as safetensors that transformers' ``from_pretrained`` loads; returns the files.
+
+        One parameter at a time is in memory. ``config.json`` is written too where the model has a config. The folder
+        gets complete files or none.
+        """
+        return export_safetensors(self.module, self.state_dict(master=master), Path(folder), max_shard_bytes)
+
+    def parameter_names(self) -> list[str]:
+        """Names of all parameters, each tied one once."""
+        return list(self._params)
+
+    # What happened.
+
+    def traffic(self) -> dict[str, dict[str, int]]:
+        """Bytes read from and written to each tier so far: ``{"device": {"read": ..., "written": ...}, ...}``."""
+        return self._traffic.bytes()
+
+    def peak_bytes(self) -> dict[str, int]:
+        """Most bytes of each tier in use at once so far, in whole pages."""
+        page = self.plan.page_bytes
+        return {
+            "device": self._residency.peak_frames * page,
+            "host": self._store.host_peak_count * page,
+            "ssd": self._store.slot_peak_count * page,
+        }
+
+    @property
+    def activation_bytes(self) -> int:
+        """Most bytes that autograd kept for backward in any one forward pass."""
+        return self._hooks.activation_bytes
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds spent so far, by phase; the later ones lie inside the earlier ones or beside them on other threads."""
+        update = self._updates.utilisation()
+        return {
+            "forward": self._hooks.forward_seconds,
+            "backward": self._hooks.backward_seconds,
+            "step": self.step_seconds,
+            "fetch": self._residency.fetch_seconds,
+            "gradient_copy": self._gradients.copy_seconds,
+            "update_gate": self._updates.gate_seconds,
+            "update_compute": update["compute_seconds"],
+            "update_io_wait": update["wait_seconds"],
+        }
+
+    def notes(self) -> list[str]:
+        """Sentences that say which I/O backend runs and why, and what makes it slower than it could be."""
+        return list(self._store.notes)
+
+    def close(self) -> None:
+        """Waits for the updates and stops the updater's threads. The model's parameters stay parked."""
+        self._updates.drain()
+        self._hooks.remove()
+        self._updates.close()
+
+
+def initialize(
+    model: nn.Module,
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    param_groups: Sequence[dict[str, Any]] | None = None,
+    overrides: Sequence[str] = (),
+) -> Engine:
+    """Takes a model over: its parameters move into pages, and the returned engine trains it.
+
+    ``config`` is a path, a dict or a Config; a dict with ``tiers``, ``page_size``, ``precision`` and ``optimizer`` is
+    enough. ``model`` is any ``nn.Module`` with its values on the CPU, or one from :func:`angelptm.materialize`.
+    ``param_groups`` are torch-style optimizer groups of the model's parameters; without them the config decides.
+    Raises ConfigError or CapacityError before anything is allocated.
+    """
+    return Engine(model, load_config(config, overrides), groups=param_groups)
+
+
+__all__ = ["Engine", "ParkedParameter", "initialize"]

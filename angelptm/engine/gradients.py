@@ -1,0 +1,192 @@
+"""Gradients in pages: taken from autograd parameter by parameter, accumulated, summed for the norm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import angelptm_native as native
+import torch
+
+from angelptm.device import Device
+from angelptm.engine.dtypes import NATIVE_DTYPES
+from angelptm.errors import AngelPTMError
+from angelptm.pages import PageIds
+from angelptm.plan import Plan
+from angelptm.units import ParamLayout, UnitLayout
+
+
+@dataclass
+class _UnitGradient:
+    """Since the last ``clear``: ``norms[name]`` maps a page's index to the sum of squares of the parameter's part in it."""
+
+    norms: dict[str, dict[int, float]] = field(default_factory=dict)
+    spilled: set[int] = field(default_factory=set)  # SSD pages whose slot holds gradients of this window
+
+
+@dataclass
+class _OpenPage:
+    """An SSD page whose content is in a staging frame; ``waiting`` are the parameters still to come in this pass."""
+
+    frame: int
+    waiting: set[str]
+
+
+class Gradients:
+    """GRAD pages of all units.
+
+    Pages that live on the host are added to where they are. Pages that live on the SSD are filled in a staging frame
+    and written behind as soon as every parameter in them has come, or when frames run short.
+    """
+
+    def __init__(
+        self, plan: Plan, pages: PageIds, store: native.Store, device: Device, grad_dtype: torch.dtype
+    ) -> None:
+        self._plan = plan
+        self._store = store
+        self._mover = store.mover
+        self._device = device
+        self._dtype = grad_dtype
+        self._page_elements = plan.page_bytes // grad_dtype.itemsize
+        self._pages = [[page for span in unit.spans for page in span.grad] for unit in pages]
+        self._homes = [[home for span in unit.spans for home in span.grad_homes] for unit in plan.units]
+        self._members = [_members(unit.layout, self._page_elements) for unit in plan.units]
+        self._units = [_UnitGradient() for _ in plan.units]
+        self._unit_of = {param.name: unit.layout.index for unit in plan.units for param in unit.layout.params}
+        self._open: dict[tuple[int, int], _OpenPage] = {}
+        self._finite = True
+        self.copy_seconds = 0.0
+
+    def accumulate(self, unit: int, param: ParamLayout, gradient: torch.Tensor) -> None:
+        """Adds a parameter's gradient of any float dtype; borrows the tensor only during the call."""
+        start = time.perf_counter()
+        if gradient.layout is not torch.strided:
+            raise AngelPTMError(
+                f"parameter {param.name}: its gradient is sparse; only dense gradients are supported. "
+                "Use sparse=False in the embedding."
+            )
+        source = gradient.contiguous()
+        if source.dtype not in NATIVE_DTYPES:
+            source = source.float()
+        norms = self._units[unit].norms
+        add = param.name in norms
+        sums = norms.setdefault(param.name, {})
+        itemsize = self._dtype.itemsize
+        for page in range(param.offset // self._page_elements, -(-param.end // self._page_elements)):
+            first = max(param.offset, page * self._page_elements)
+            end = min(param.end, (page + 1) * self._page_elements)
+            covered = first == page * self._page_elements and end == first + self._page_elements
+            address = self._address(unit, page, fresh_is_covered=covered)
+            stats = native.accumulate(
+                address + (first - page * self._page_elements) * itemsize,
+                NATIVE_DTYPES[self._dtype],
+                source.data_ptr() + (first - param.offset) * source.dtype.itemsize,
+                NATIVE_DTYPES[source.dtype],
+                end - first,
+                add,
+                first,
+            )
+            sums[page] = stats.sum_squares
+            self._finite &= stats.finite
+            self._contributed(unit, page, param.name)
+        self._device.read_bytes += source.numel() * source.dtype.itemsize
+        self.copy_seconds += time.perf_counter() - start
+
+    def _address(self, unit: int, page: int, *, fresh_is_covered: bool) -> int:
+        """Where the page's content is, in memory now."""
+        page_id = self._pages[unit][page]
+        if self._homes[unit][page] == "host":
+            return self._store.home_address(page_id)
+        opened = self._open.get((unit, page))
+        if opened is None:
+            if page in self._units[unit].spilled:
+                frame = self._reload(page_id)
+            else:
+                frame = self._frame()
+                if not fresh_is_covered:
+                    native.fill_zero(self._mover.address(frame), self._plan.page_bytes)
+            opened = self._open[(unit, page)] = _OpenPage(frame, set(self._members[unit][page]))
+        return self._mover.address(opened.frame)
+
+    def _frame(self) -> int:
+        while (frame := self._mover.try_staging_frame()) is None:
+            self._spill(next(iter(self._open)))
+        return frame
+
+    def _reload(self, page_id: int) -> int:
+        self._mover.release(self._frame())  # makes sure that the load below finds one
+        self._mover.begin_load([page_id])
+        self._mover.next_loaded()
+        return self._mover.take_loaded()
+
+    def _contributed(self, unit: int, page: int, name: str) -> None:
+        opened = self._open.get((unit, page))
+        if opened is not None:
+            opened.waiting.discard(name)
+            if not opened.waiting:
+                self._spill((unit, page))
+
+    def _spill(self, key: tuple[int, int]) -> None:
+        unit, page = key
+        opened = self._open.pop(key)
+        self._mover.write_behind(self._pages[unit][page], opened.frame)
+        self._units[unit].spilled.add(page)
+
+    def flush(self) -> None:
+        """Writes every open page and waits: all gradients are in their pages then."""
+        for key in list(self._open):
+            self._spill(key)
+        self._mover.drain()
+
+    def has(self, name: str) -> bool:
+        """Whether the parameter has a gradient since the last ``clear``."""
+        return name in self._units[self._unit_of[name]].norms
+
+    def params_with_gradient(self, unit: int) -> set[str]:
+        return set(self._units[unit].norms)
+
+    @property
+    def finite(self) -> bool:
+        return self._finite
+
+    def norm(self, scale: float = 1.0) -> float:
+        """The global L2 norm of the accumulated gradients times ``scale``; independent of pages and tiers."""
+        total = 0.0
+        for plan, unit in zip(self._plan.units, self._units):
+            for param in plan.layout.params:
+                if sums := unit.norms.get(param.name):
+                    first = min(sums)
+                    total += native.tree_sum([sums[page] for page in sorted(sums)], first)
+        return float(total**0.5) * scale
+
+    def forget(self, unit: int) -> None:
+        """The updater has the unit's gradients: the next one starts afresh."""
+        self._units[unit] = _UnitGradient()
+
+    def clear(self) -> None:
+        """Drops all gradients, and the slots they hold."""
+        for opened in self._open.values():
+            self._mover.release(opened.frame)
+        self._open.clear()
+        self._mover.drain()
+        for unit, gradient in enumerate(self._units):
+            for page in gradient.spilled:
+                self._store.discard(self._pages[unit][page])
+            self._units[unit] = _UnitGradient()
+        self._finite = True
+
+    def passed(self) -> None:
+        """After a step: the finiteness of what comes next is unknown again."""
+        self._finite = True
+
+
+def _members(layout: UnitLayout, page_elements: int) -> list[set[str]]:
+    """Names of the trainable parameters that have elements in each page."""
+    count = -(-layout.trainable_elements // page_elements)
+    members: list[set[str]] = [set() for _ in range(count)]
+    trainable: Sequence[ParamLayout] = [param for param in layout.params if param.trainable]
+    for param in trainable:
+        for page in range(param.offset // page_elements, -(-param.end // page_elements)):
+            members[page].add(param.name)
+    return members

@@ -1,0 +1,160 @@
+"""Hooks that bring units to the device around each use, forward and backward, in an unmodified model."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from angelptm.engine.residency import Residency, SavedParameter
+from angelptm.units import Site
+
+
+def tensors_in(output: Any) -> Iterator[torch.Tensor]:
+    """Tensors of a module's output: nested tuples, lists, dicts, registered pytrees and dataclasses."""
+    for leaf in torch.utils._pytree.tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                yield from tensors_in(getattr(leaf, field.name))
+
+
+class Hooks:
+    """Registers itself on the sites of a model and on the model itself.
+
+    - forward: a pre-hook fetches the site's units and pins them, a post-hook lets them go;
+    - backward: a hook on each output that requires grad fetches the units again before the site's backward;
+    - autograd keeps references to arena memory instead of tensors (``saved_tensors_hooks``), so that a weight whose
+      frames were used for another unit in between is fetched again on use, and never read from reused frames.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        residency: Residency,
+        compute_dtype: torch.dtype,
+        on_backward_end: Callable[[], None],
+    ) -> None:
+        self._residency = residency
+        self._compute_dtype = compute_dtype
+        self._on_backward_end = on_backward_end
+        self._in_backward = False
+        self._depth = 0
+        self._pinned: list[tuple[nn.Module, tuple[int, ...]]] = []
+        self._saved_units: set[int] = set()
+        self._saved_storages: dict[int, int] = {}
+        self._contexts: list[Any] = []
+        self._handles: list[Any] = []
+        self._forward_start = 0.0
+        self._backward_start = 0.0
+        self.forward_seconds = 0.0
+        self.backward_seconds = 0.0
+        self.activation_bytes = 0
+        """Most bytes that autograd kept for backward in any one forward pass, arena memory not counted."""
+        # Entering the model comes before its own site's fetch, and leaving it after.
+        self._handles.append(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+        for site in sites:
+            module = model.get_submodule(site.module_name)
+            self._attach(module, site)
+        self._handles.append(model.register_forward_hook(self._leave_model, always_call=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _attach(self, module: nn.Module, site: Site) -> None:
+        # A leaf whose weight autograd did not save (an embedding saves only indices) needs no fetch for its backward.
+        needed_if_saved = not any(True for _ in module.children())
+
+        def enter(_module: nn.Module, _args: Any) -> None:
+            for unit in site.units:
+                self._residency.pin(unit)
+            self._pinned.append((module, site.units))
+
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            if not self._pinned or self._pinned[-1][0] is not module:
+                return  # enter itself failed, so nothing is pinned here
+            self._pinned.pop()
+            for unit in site.units:
+                self._residency.unpin(unit)
+            if torch.is_grad_enabled():
+                for tensor in tensors_in(output):
+                    if tensor.requires_grad:
+                        tensor.register_hook(come_back)
+
+        def come_back(_gradient: torch.Tensor) -> None:
+            self._enter_backward()
+            for unit in site.units:
+                if not needed_if_saved or unit in self._saved_units:
+                    self._residency.enter_backward(unit)
+
+        self._handles.append(module.register_forward_pre_hook(enter))
+        self._handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def _enter_model(self, _model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if self._depth == 0 and not self._in_backward:
+            self._forward_start = time.perf_counter()
+            self._pinned.clear()
+            self._residency.release_pins()
+        self._depth += 1
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()  # type: ignore[no-untyped-call]
+        self._contexts.append(hooks)
+        if self._depth == 1 and torch.is_grad_enabled():
+            self._saved_units.clear()
+            self._saved_storages.clear()
+        if self._compute_dtype is torch.float32:
+            return args, kwargs
+
+        def cast(value: Any) -> Any:
+            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(self._compute_dtype) if floating else value
+
+        return torch.utils._pytree.tree_map(cast, (args, kwargs))  # type: ignore[no-any-return]
+
+    def _leave_model(self, _model: nn.Module, _args: Any, _output: Any) -> None:
+        if self._depth == 0:
+            return
+        self._depth -= 1
+        self._contexts.pop().__exit__(None, None, None)
+        if self._depth == 0:
+            self.forward_seconds += time.perf_counter() - self._forward_start
+            self.activation_bytes = max(self.activation_bytes, sum(self._saved_storages.values()))
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | SavedParameter:
+        saved = self._residency.saved(tensor)
+        if saved is None:
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                self._saved_storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+        self._saved_units.add(saved.unit)
+        return saved
+
+    def _unpack(self, saved: torch.Tensor | SavedParameter) -> torch.Tensor:
+        return self._residency.restore(saved) if isinstance(saved, SavedParameter) else saved
+
+    def _enter_backward(self) -> None:
+        if self._in_backward:
+            return
+        self._in_backward = True
+        self._backward_start = time.perf_counter()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+
+    def _end_backward(self) -> None:
+        self._in_backward = False
+        self.backward_seconds += time.perf_counter() - self._backward_start
+        self._residency.leave_backward()
+        self._on_backward_end()
+
+    def abandon_backward(self) -> None:
+        """A backward pass ended in an exception: its end was never called."""
+        if self._in_backward:
+            self._in_backward = False
+            self._residency.leave_backward()

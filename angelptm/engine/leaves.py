@@ -1,0 +1,111 @@
+"""The arena-backed parameters of a unit, and their exchange with the parked ones in the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from angelptm.device import Device
+from angelptm.engine.parked import ParkedParameter
+from angelptm.units import ParamLayout, UnitLayout
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def put(module: nn.Module, attribute: str, param: torch.Tensor) -> None:
+    """Exchanges a registered parameter. RNNs keep a second list of their weights, which only ``setattr`` updates."""
+    if isinstance(module, nn.RNNBase):
+        setattr(module, attribute, param)
+    else:
+        module._parameters[attribute] = param  # type: ignore[assignment]
+
+
+@dataclass
+class _Slot:
+    """One owner's place: the module's attribute, the parked parameter and the leaf to exchange it for."""
+
+    module: nn.Module
+    attribute: str
+    parked: ParkedParameter
+    layout: ParamLayout
+
+
+class UnitLeaves:
+    """Places a unit's parameters into its modules and takes them out again.
+
+    Each owner of a tied parameter gets a leaf of its own over the same memory, so that each gradient is taken when it
+    is complete for that owner, instead of waiting in autograd for the last one. Leaves are made once for each arena
+    offset and kept: their identity is what autograd's graph refers to between forward and backward.
+    """
+
+    def __init__(
+        self,
+        layout: UnitLayout,
+        model: nn.Module,
+        device: Device,
+        dtype: torch.dtype,
+        gradient_is_paged: Callable[[str], bool],
+        on_gradient: Callable[[int, ParamLayout, torch.Tensor], None],
+    ) -> None:
+        self.layout = layout
+        self.placed = False
+        self._device = device
+        self._dtype = dtype
+        self._on_gradient = on_gradient
+        self._leaves: dict[int, list[nn.Parameter]] = {}
+        self._slots: list[_Slot] = []
+        self.parked: dict[str, ParkedParameter] = {}
+        for param in layout.params:
+            parked = ParkedParameter(
+                param.name,
+                param.shape,
+                dtype,
+                device.torch_device,
+                param.trainable,
+                lambda name=param.name: gradient_is_paged(name),  # type: ignore[misc]
+            )
+            self.parked[param.name] = parked
+            for module_name, attribute in param.owners:
+                self._slots.append(_Slot(model.get_submodule(module_name), attribute, parked, param))
+
+    def place(self, arena_offset: int) -> None:
+        """Puts the leaves at ``arena_offset`` (bytes) into the modules. The unit must be resident there."""
+        if self.placed:
+            return
+        for slot, leaf in zip(self._slots, self._leaves_at(arena_offset)):
+            put(slot.module, slot.attribute, leaf)
+        self.placed = True
+
+    def park(self) -> None:
+        for slot in self._slots:
+            put(slot.module, slot.attribute, slot.parked)
+        self.placed = False
+
+    def _leaves_at(self, arena_offset: int) -> list[nn.Parameter]:
+        if arena_offset not in self._leaves:
+            self._leaves[arena_offset] = [self._make(slot.layout, arena_offset) for slot in self._slots]
+        return self._leaves[arena_offset]
+
+    def _make(self, param: ParamLayout, arena_offset: int) -> nn.Parameter:
+        start = arena_offset + param.offset * self._dtype.itemsize
+        view = self._device.view(start, param.shape, contiguous_stride(param.shape), self._dtype)
+        leaf = nn.Parameter(view, requires_grad=param.trainable)
+        leaf.param_name = param.name  # type: ignore[attr-defined]
+        if param.trainable:
+
+            def take(grown: torch.Tensor) -> None:
+                assert grown.grad is not None, "the hook runs after accumulation"
+                gradient, grown.grad = grown.grad, None
+                self._on_gradient(self.layout.index, param, gradient)
+
+            leaf.register_post_accumulate_grad_hook(take)
+        return leaf

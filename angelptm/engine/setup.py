@@ -1,0 +1,138 @@
+"""From a model and a config to a plan and filled pages: everything that happens before the first step."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from angelptm.config import Config
+from angelptm.errors import AngelPTMError
+from angelptm.plan import Budgets, Plan, SsdBudget, make_plan
+from angelptm.units import Structure, UnitLayout, find_structure, pack
+
+_MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1}
+_ITEMSIZE = {"fp32": 4, "bf16": 2}
+
+
+def grad_precision(config: Config) -> str:
+    """Gradients are kept in compute precision, and in fp32 where several micro-batches are added up."""
+    return "fp32" if config.gradient_accumulation_steps > 1 else config.precision
+
+
+def parameter(model: nn.Module, owner: tuple[str, str]) -> torch.Tensor:
+    found: torch.Tensor = getattr(model.get_submodule(owner[0]), owner[1])
+    return found
+
+
+def lay_out(model: nn.Module, config: Config) -> tuple[Structure, list[UnitLayout]]:
+    """The model's units in pages of the configured size. Reads shapes and requires_grad, no values."""
+    structure = find_structure(model, config.units.classes)
+    page_elements = config.page_size // _ITEMSIZE[config.precision]
+    layouts = []
+    for index, unit in enumerate(structure.units):
+        params = []
+        for name, owners in unit.params.items():
+            value = parameter(model, owners[0])
+            if not value.is_floating_point():
+                raise AngelPTMError(f"parameter {name}: found {value.dtype}, expected a floating-point parameter")
+            params.append((name, tuple(value.shape), value.requires_grad, tuple(owners)))
+        layouts.append(pack(unit.name, index, params, page_elements))
+    return structure, layouts
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above ``path`` that exists: whose file system it will be on."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def budgets_of(config: Config) -> Budgets:
+    """The config's budgets, with the disks' free space as it is now."""
+    return Budgets(
+        page_bytes=config.page_size,
+        device_bytes=config.tiers.device,
+        host_bytes=config.tiers.host,
+        ssd=tuple(
+            SsdBudget(str(folder.path), folder.size, shutil.disk_usage(existing_folder(folder.path)).free)
+            for folder in config.tiers.ssd
+        ),
+        param=config.placement.param,
+        grad=config.placement.grad,
+        states=config.placement.states,
+        update_threads=None if config.update.threads == "auto" else config.update.threads,
+        ring_depth=None if config.update.ring_depth == "auto" else config.update.ring_depth,
+        queue_depth=config.io.queue_depth,
+        cores=len(os.sched_getaffinity(0)),
+    )
+
+
+def plan_of(structure: Structure, layouts: Sequence[UnitLayout], config: Config) -> Plan:
+    """The plan; raises CapacityError when something does not fit."""
+    return make_plan(
+        layouts,
+        [(site.units, site.depth) for site in structure.sites],
+        budgets_of(config),
+        param_itemsize=_ITEMSIZE[config.precision],
+        grad_itemsize=_ITEMSIZE[grad_precision(config)],
+        moment_count=_MOMENTS[config.optimizer.type],
+    )
+
+
+def param_groups(
+    names: Sequence[str], config: Config, given: Sequence[dict[str, Any]] | None, names_by_id: dict[int, str]
+) -> list[dict[str, Any]]:
+    """Optimizer groups with parameter names under ``params``.
+
+    ``given`` are torch-style groups of the model's own parameters; without them the config's patterns decide, the first
+    that matches winning, and what is left forms a group with the top-level values.
+    """
+    if given is not None:
+        groups = []
+        for group in given:
+            members = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+            unknown = [param for param in members if id(param) not in names_by_id]
+            if unknown:
+                raise AngelPTMError(f"param_groups: a parameter of shape {tuple(unknown[0].shape)} is not the model's")
+            groups.append({**group, "params": [names_by_id[id(param)] for param in members]})
+        listed = {name for group in groups for name in group["params"]}
+        if missing := [name for name in names if name not in listed]:
+            raise AngelPTMError(
+                f"param_groups: trainable parameters are in no group, among them {missing[0]}. "
+                "Add them, or set requires_grad_(False)."
+            )
+        return groups
+    left = list(names)
+    groups = []
+    for group in config.optimizer.groups:
+        members = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in group.params)]
+        left = [name for name in left if name not in set(members)]
+        if members:
+            groups.append({"params": members, **group.model_dump(include={"lr", "weight_decay"}, exclude_none=True)})
+    return ([{"params": left}] if left else []) + groups
+
+
+def checkpoint_blocks(model: nn.Module, structure: Structure) -> None:
+    """Recomputes the blocks' activations in backward: the model's own switch where it has one."""
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return
+    from torch.utils.checkpoint import checkpoint
+
+    for site in structure.sites:
+        module = model.get_submodule(site.module_name)
+        if site.module_name and any(True for _ in module.children()):
+            forward = module.forward
+
+            def recomputed(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
+                return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
+
+            module.forward = recomputed  # type: ignore[method-assign]

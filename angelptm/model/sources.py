@@ -1,0 +1,171 @@
+"""Where a model's first values come from: the model itself, its initialization, or safetensors files; unit by unit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from angelptm.errors import AngelPTMError, DataError
+from angelptm.units import UnitLayout
+
+
+class ValueSource(Protocol):
+    """Gives the values of one unit at a time; ``values`` maps parameter names to CPU tensors of their shapes."""
+
+    def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]: ...
+
+
+def _owner(model: nn.Module, owner: tuple[str, str]) -> tuple[nn.Module, str]:
+    return model.get_submodule(owner[0]), owner[1]
+
+
+class ExistingValues:
+    """The values that the model holds now."""
+
+    def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:
+        found = {}
+        for param in unit.params:
+            module, attribute = _owner(model, param.owners[0])
+            value = getattr(module, attribute)
+            if value.device.type == "meta":
+                raise AngelPTMError(
+                    f"parameter {param.name} is on the meta device and has no values. Build the model with "
+                    "angelptm.materialize(config_or_folder), which initializes or loads it unit by unit."
+                )
+            found[param.name] = value.detach().cpu()
+        return found
+
+
+class InitializedValues:
+    """The model's own initialization, in fp32, seeded for each unit by (seed, unit name).
+
+    A unit's values so depend on nothing but the seed and the architecture; they differ from those of a whole model that
+    is initialized in one go with the same seed. transformers models use their ``_init_weights``, called on every module
+    of the unit and then on the modules around it; other models ``reset_parameters`` of each module that has parameters.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:
+        digest = hashlib.sha256(f"{self._seed}:{unit.name}".encode()).digest()
+        with (
+            _real_parameters(model, unit) as values,
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+        ):
+            torch.manual_seed(int.from_bytes(digest[:8], "little"))
+            for name, module in _modules_inside_out(model, unit):
+                _initialize(model, name, module)
+        return values
+
+
+@contextmanager
+def _real_parameters(model: nn.Module, unit: UnitLayout) -> Iterator[dict[str, torch.Tensor]]:
+    """Puts real fp32 parameters into the unit's modules meanwhile, NaN until something initializes them."""
+    values: dict[str, torch.Tensor] = {}
+    before = []
+    for param in unit.params:
+        real = nn.Parameter(torch.full(param.shape, float("nan")))
+        values[param.name] = real.data
+        for owner in param.owners:
+            module, attribute = _owner(model, owner)
+            before.append((module, attribute, module._parameters[attribute]))
+            module._parameters[attribute] = real
+    try:
+        yield values
+    finally:
+        for module, attribute, param_before in before:
+            module._parameters[attribute] = param_before
+    for name, value in values.items():
+        if value.isnan().any():
+            raise AngelPTMError(
+                f"parameter {name}: nothing initializes it (no _init_weights or reset_parameters reaches it). "
+                "Build the model with real values and pass that, or load weights."
+            )
+
+
+def _modules_inside_out(model: nn.Module, unit: UnitLayout) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that own the unit's parameters and all modules around them, each after those inside it."""
+    names: set[str] = set()
+    for param in unit.params:
+        for module_name, _ in param.owners:
+            parts = module_name.split(".") if module_name else []
+            names |= {".".join(parts[:length]) for length in range(len(parts) + 1)}
+    for name in sorted(names, key=lambda name: (-(name.count(".") + bool(name)), name)):
+        yield name, model.get_submodule(name)
+
+
+def _initialize(model: nn.Module, name: str, module: nn.Module) -> None:
+    initializer = None
+    parts = name.split(".") if name else []
+    for length in range(len(parts), -1, -1):
+        around = model.get_submodule(".".join(parts[:length]))
+        if hasattr(around, "_init_weights"):
+            initializer = around._init_weights
+            break
+    if initializer is not None:
+        initializer(module)
+    elif any(True for _ in module.parameters(recurse=False)):
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+
+
+class SafetensorsValues:
+    """Values from a folder of ``*.safetensors``, as transformers writes them; only one unit is in memory at a time."""
+
+    def __init__(self, folder: Path, prefixes: tuple[str, ...] = ("",)) -> None:
+        """Reads the files' headers. ``prefixes`` are tried in front of a parameter's name, for checkpoints that were
+        saved with or without the outer model's name. Raises DataError."""
+        self._folder = folder
+        self._prefixes = prefixes
+        self._file_of: dict[str, Path] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise DataError(str(folder), "no *.safetensors file", "a folder of weights in safetensors format")
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as content:
+                    self._file_of.update(dict.fromkeys(content.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise DataError(str(file), f"an unreadable file ({error})", "a safetensors file") from error
+
+    def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for param in unit.params:
+            names = [f"{module}.{attribute}" if module else attribute for module, attribute in param.owners]
+            key = next((p + n for n in names for p in self._prefixes if p + n in self._file_of), None)
+            if key is None:
+                known = ", ".join(list(self._file_of)[:3])
+                raise DataError(
+                    str(self._folder), f"no tensor {param.name}", "every parameter of the model", f"It has: {known}, ..."
+                )
+            with safe_open(self._file_of[key], framework="pt") as content:
+                value = content.get_tensor(key)
+            if tuple(value.shape) != param.shape:
+                raise DataError(
+                    str(self._file_of[key]), f"{key} of shape {tuple(value.shape)}", f"shape {param.shape}"
+                )
+            found[param.name] = value
+        return found
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The transformers ``config.json`` of a weights folder. Raises DataError."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(str(path), f"an unreadable file ({error})", "a transformers config.json") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise DataError(str(path), "no model_type", "a transformers config.json")
+    return content
