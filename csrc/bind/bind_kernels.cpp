@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "kernels/ceiling.h"
 #include "kernels/dtype.h"
 #include "kernels/gradient.h"
 #include "kernels/optimizer.h"
@@ -55,6 +56,20 @@ void bind_step(py::module_& module) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_ceiling(py::module_& module) {
+  module.def(
+      "memory_ceiling",
+      [](std::uintptr_t master, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq, std::uintptr_t grad,
+         DType grad_dtype, std::uintptr_t param, DType param_dtype, std::size_t count, bool past_cache) {
+        kernels::memory_ceiling({pointer<float>(master), pointer<float>(exp_avg), pointer<float>(exp_avg_sq),
+                                 pointer<const void>(grad), pointer<void>(param), count, grad_dtype, param_dtype},
+                                past_cache);
+      },
+      py::arg("master"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("grad"), py::arg("grad_dtype"),
+      py::arg("param"), py::arg("param_dtype"), py::arg("count"), py::arg("past_cache"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_gradient(py::module_& module) {
   using kernels::GradStats;
   py::class_<GradStats>(module, "GradStats")
@@ -92,6 +107,7 @@ void bind_isa(py::module_& module) {
 void bind_kernels(py::module_& module) {
   bind_hyper(module);
   bind_step(module);
+  bind_ceiling(module);
   bind_gradient(module);
   bind_isa(module);
 }

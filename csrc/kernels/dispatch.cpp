@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/ceiling.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
 #include "kernels/optimizer.h"
@@ -67,6 +68,15 @@ void step(const Hyper& hyper, const Run& run) {
   if (isa == Isa::kAvx2) return step_avx2(hyper, run);
 #endif
   return step_scalar(hyper, run);
+}
+
+void memory_ceiling(const Run& run, bool past_cache) {
+#ifdef ANGELPTM_X86_SIMD
+  const Isa isa = isa_in_use();
+  if (isa == Isa::kAvx512) return ceiling_avx512(run, past_cache);
+  if (isa == Isa::kAvx2) return ceiling_avx2(run, past_cache);
+#endif
+  return ceiling_scalar(run, past_cache);
 }
 
 GradStats accumulate(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::size_t count, bool add,

@@ -18,15 +18,16 @@ struct Factors {
         rest2(static_cast<float>(1.0 - hyper.beta2)),
         eps(static_cast<float>(hyper.eps)),
         step_size(static_cast<float>(hyper.lr / hyper.bias_correction1)),
-        bias_correction2_sqrt(static_cast<float>(hyper.bias_correction2_sqrt)),
+        over_bias_correction2_sqrt(static_cast<float>(1.0 / hyper.bias_correction2_sqrt)),
         undamped(static_cast<float>(1.0 - hyper.dampening)),
         nesterov(hyper.nesterov),
         first_step(hyper.first_step) {}
 
   float grad_scale, lr, decay, weight_decay, beta1, beta2;
   float rest1, rest2;  // 1 - beta1, 1 - beta2
-  float eps, step_size, bias_correction2_sqrt;
-  float undamped;  // 1 - dampening
+  float eps, step_size;
+  float over_bias_correction2_sqrt;  // a reciprocal, because the divider is what bounds AdamW in cache
+  float undamped;                    // 1 - dampening
   bool nesterov, first_step;
 };
 

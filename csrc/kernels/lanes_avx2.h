@@ -21,10 +21,13 @@ struct Avx2Lanes {
   }
   static void store(float* to, Float x) { _mm256_storeu_ps(to, x); }
   static void store(std::uint16_t* to, Float rounded) {
-    const __m256i halves = _mm256_srli_epi32(_mm256_castps_si256(rounded), 16);
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), upper_halves(rounded));
   }
+  static void store_past_cache(float* to, Float x) { _mm256_stream_ps(to, x); }
+  static void store_past_cache(std::uint16_t* to, Float rounded) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), upper_halves(rounded));
+  }
+  static void fence() { _mm_sfence(); }
   static Float all(float x) { return _mm256_set1_ps(x); }
 
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
@@ -58,6 +61,12 @@ struct Avx2Lanes {
   }
   static Double zero() { return _mm256_setzero_pd(); }
   static void store(double* to, Double a) { _mm256_storeu_pd(to, a); }
+
+ private:
+  static __m128i upper_halves(Float a) {
+    const __m256i halves = _mm256_srli_epi32(_mm256_castps_si256(a), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  }
 };
 
 }  // namespace

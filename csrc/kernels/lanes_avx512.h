@@ -27,9 +27,13 @@ struct Avx512Lanes {
   }
   static void store(float* to, Float x) { _mm512_storeu_ps(to, x); }
   static void store(std::uint16_t* to, Float rounded) {
-    const __m512i halves = _mm512_srli_epi32(_mm512_castps_si512(rounded), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(halves));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), upper_halves(rounded));
   }
+  static void store_past_cache(float* to, Float x) { _mm512_stream_ps(to, x); }
+  static void store_past_cache(std::uint16_t* to, Float rounded) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), upper_halves(rounded));
+  }
+  static void fence() { _mm_sfence(); }
   static Float all(float x) { return _mm512_set1_ps(x); }
 
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
@@ -63,6 +67,9 @@ struct Avx512Lanes {
   }
   static Double zero() { return _mm512_setzero_pd(); }
   static void store(double* to, Double a) { _mm512_storeu_pd(to, a); }
+
+ private:
+  static __m256i upper_halves(Float a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a), 16)); }
 };
 
 }  // namespace

@@ -25,6 +25,10 @@ struct ScalarLanes {
   static void store(std::uint16_t* to, Float rounded) {
     *to = static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, rounded) >> 16);
   }
+  // On SIMD lanes: aligned to the bytes stored, not read into cache, ordered before later stores only by fence().
+  static void store_past_cache(float* to, Float x) { store(to, x); }
+  static void store_past_cache(std::uint16_t* to, Float rounded) { store(to, rounded); }
+  static void fence() {}
   static Float all(float x) { return x; }
 
   static Float add(Float a, Float b) { return a + b; }

@@ -23,7 +23,7 @@ struct AdamW {
         rest2(L::all(f.rest2)),
         eps(L::all(f.eps)),
         step_size(L::all(f.step_size)),
-        bias_correction2_sqrt(L::all(f.bias_correction2_sqrt)),
+        over_bias_correction2_sqrt(L::all(f.over_bias_correction2_sqrt)),
         from_old(f.rest1 < 0.5f) {}
 
   Float operator()(Float master, Float grad, Float& m, Float& v) const {
@@ -32,11 +32,11 @@ struct AdamW {
     const Float toward = L::sub(grad, m);
     m = from_old ? L::add(m, L::mul(rest1, toward)) : L::sub(grad, L::mul(toward, beta1));
     v = L::add(L::mul(v, beta2), L::mul(L::mul(rest2, grad), grad));
-    const Float denominator = L::add(L::div(L::sqrt(v), bias_correction2_sqrt), eps);
+    const Float denominator = L::add(L::mul(L::sqrt(v), over_bias_correction2_sqrt), eps);
     return L::sub(L::mul(master, decay), L::div(L::mul(step_size, m), denominator));
   }
 
-  Float decay, beta1, beta2, rest1, rest2, eps, step_size, bias_correction2_sqrt;
+  Float decay, beta1, beta2, rest1, rest2, eps, step_size, over_bias_correction2_sqrt;
   bool from_old;
 };
 
@@ -108,8 +108,23 @@ struct Lion {
   Float lr, decay, beta1, beta2, rest1, rest2;
 };
 
+// Note "past cache": param is the one stream that is written and not read. A plain store would first read its line from
+// memory, 2 bytes an element for nothing, so long runs store past the cache. master and the moments are read anyway.
+// The fence makes the stores visible before whatever the caller publishes them with. Below this count the lines are
+// better left in cache for whoever copies them next.
+constexpr std::size_t kPastCacheCount = 65536;
+
+template <class L, bool kPastCache, class Param>
+void put(Param* to, typename L::Float value) {
+  if constexpr (kPastCache) {
+    L::store_past_cache(to, value);
+  } else {
+    L::store(to, value);
+  }
+}
+
 // Whole vectors of L from `begin` on; returns the first element that was left over.
-template <class L, template <class> class R, class Grad, class Param>
+template <class L, template <class> class R, class Grad, class Param, bool kPastCache>
 std::size_t sweep(const Factors& factors, const Run& run, std::size_t begin) {
   using Float = typename L::Float;
   using Rule = R<L>;
@@ -129,18 +144,24 @@ std::size_t sweep(const Factors& factors, const Run& run, std::size_t begin) {
     if constexpr (Rule::kMoments >= 1) L::store(run.exp_avg + i, L::one_nan(m));
     if constexpr (Rule::kMoments >= 2) L::store(run.exp_avg_sq + i, L::one_nan(v));
     if constexpr (sizeof(Param) == sizeof(float)) {
-      L::store(param + i, master);
+      put<L, kPastCache>(param + i, master);
     } else {
-      L::store(param + i, L::to_bf16(master));
+      put<L, kPastCache>(param + i, L::to_bf16(master));
     }
   }
+  if constexpr (kPastCache) L::fence();
   return i;
 }
 
 template <class L, template <class> class R, class Grad, class Param>
 void sweep_all(const Factors& factors, const Run& run) {
-  std::size_t done = sweep<L, R, Grad, Param>(factors, run, 0);
-  if constexpr (L::kFloats > 1) sweep<ScalarLanes, R, Grad, Param>(factors, run, done);
+  std::size_t done = 0;
+  if constexpr (L::kFloats > 1) {
+    const bool aligned = reinterpret_cast<std::uintptr_t>(run.param) % (L::kFloats * sizeof(Param)) == 0;
+    done = aligned && run.count >= kPastCacheCount ? sweep<L, R, Grad, Param, true>(factors, run, 0)
+                                                   : sweep<L, R, Grad, Param, false>(factors, run, 0);
+  }
+  sweep<ScalarLanes, R, Grad, Param, false>(factors, run, done);
 }
 
 template <class L, template <class> class R>
