@@ -9,7 +9,7 @@ import angelptm_native as native
 import torch
 
 from angelptm import kernels
-from angelptm.config import Optimizer as OptimizerConfig
+from angelptm.config.schema import Optimizer as OptimizerConfig
 from angelptm.errors import AngelPTMError
 
 RULES = {"adamw": native.Rule.ADAMW, "sgd": native.Rule.SGD, "lion": native.Rule.LION}
@@ -48,7 +48,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     def hyper(self, group: dict[str, Any], step: int, grad_scale: float) -> native.Hyper:
         """The kernel's arguments for a parameter of ``group`` at its ``step``-th update, counted from 1."""
         lr = float(group["lr"])
-        if self.rule is native.Rule.ADAMW or self.rule == native.Rule.ADAMW:
+        if self.rule == native.Rule.ADAMW:
             return kernels.adamw_hyper(
                 lr, group["betas"], group["eps"], group["weight_decay"], step=step, grad_scale=grad_scale
             )
