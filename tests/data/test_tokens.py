@@ -87,6 +87,18 @@ def test_byte_tokens_are_the_documents_with_separators_and_are_written_once(tmp_
     assert not [name for name in os.listdir(tmp_path / "cache") if name.startswith(".")]
 
 
+def test_tokens_of_a_document_that_turns_out_not_to_be_text_are_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("angelptm.data.cache._PIECE_BYTES", 2)
+    folder = folder_of(
+        tmp_path / "text", {"a.txt": b"one", "b.txt": b"long before the \0", "c.txt": b"t", "d.txt": b"xxxx\0"}
+    )
+    tokens = cached_tokens(text_documents(folder, [".txt"]), ByteTokenizer(), tmp_path / "cache")
+    assert bytes(everything(tokens)) == b"one\0t\0"
+    assert "2 files are not text and were left out: ['b.txt', 'd.txt']" in caplog.text
+
+
 def test_cut_cache_file_is_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     documents = text_documents(folder_of(tmp_path / "text", {"a.txt": b"abc", "b.txt": b"def"}), [".txt"])
     tokens = cached_tokens(documents, ByteTokenizer(), tmp_path / "cache")
