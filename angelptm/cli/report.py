@@ -147,7 +147,7 @@ def _cgroup_limit_bytes() -> int | None:
     """The smallest memory limit on the way from this process's control group (version 2 or 1) up to the root."""
     folders: list[Path] = []
     for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, name = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, name = line.split(":", 2)
         if controllers in ("", "memory"):
             group = (_CGROUP_ROOT / controllers).joinpath(name.lstrip("/"))
             folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(_CGROUP_ROOT)]

@@ -37,6 +37,7 @@ def load_config_with_report(source: Source, overrides: Sequence[str] = ()) -> tu
     if isinstance(source, Config) and not overrides:
         return source, None
     content, report = _content(source), None
+    _require_text_keys(content, "")
     if is_deepspeed(content):
         content, report = from_deepspeed(content)
     for override in overrides:
@@ -61,17 +62,31 @@ def _content(source: Source) -> dict[str, Any]:
         return dict(source)
     if not isinstance(source, (str, Path)):
         raise ConfigError("config", type(source).__name__, "a path, a mapping or a Config")
-    path = Path(source).expanduser()
+    path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError("file", str(source), f"a readable YAML or JSON file ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError("file", str(source), f"UTF-8 text (byte {error.start} is not)") from error
+    except ValueError as error:  # a byte 0 in the path
+        raise ConfigError("file", str(source), "the path of a YAML or JSON file") from error
     content = _parse_json(path, text) if path.suffix == ".json" else _parse_yaml(path, text)
     if not isinstance(content, dict):
         raise ConfigError(str(path), content, "a mapping of keys, such as 'tiers: {device: 256MiB, host: 1GiB}'")
     return content
+
+
+def _require_text_keys(content: Any, prefix: str) -> None:
+    """YAML and dicts may have numbers, or ``on``, for keys."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{prefix}{key}", key, "a key that is text", "Quote it if it is meant to be one.")
+            _require_text_keys(value, f"{prefix}{key}.")
+    elif isinstance(content, (list, tuple)):
+        for index, value in enumerate(content):
+            _require_text_keys(value, f"{prefix}{index}.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -80,6 +95,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is not text", problem_mark=key_node.start_mark)
             if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} occurs twice", problem_mark=key_node.start_mark
@@ -127,6 +144,7 @@ def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
         raise ConfigError("--set", override, "KEY=VALUE, such as optimizer.lr=3e-4 or tiers.ssd.0.path=/nvme")
     try:
         value = yaml.load(text, _Loader)
+        _require_text_keys(value, f"{path}.")
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {path}", text, "a YAML value") from error
     result: dict[str, Any] = _with(content, parts, value, override)

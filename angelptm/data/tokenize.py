@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +40,7 @@ class Tokenizer(Protocol):
 
 def open_tokenizer(name: str) -> Tokenizer:
     """``"byte"``, or the path of a tokenizer.json. Raises DataError."""
-    return ByteTokenizer() if name == "byte" else FileTokenizer(Path(name).expanduser())
+    return ByteTokenizer() if name == "byte" else FileTokenizer(Path(os.path.expanduser(name)))
 
 
 class ByteTokenizer:

@@ -104,7 +104,7 @@ def scheduler(keys: Translation) -> None:
     name = keys.take("scheduler.type")
     if name is None:
         return
-    if name not in _SCHEDULES:
+    if not isinstance(name, str) or name not in _SCHEDULES:
         raise ConfigError(
             "scheduler.type",
             name,
@@ -161,7 +161,7 @@ def offload(keys: Translation) -> None:
 def _offload_kind(keys: Translation, section: str, target: str) -> None:
     device, folder = keys.take(f"{section}.device"), keys.take(f"{section}.nvme_path")
     if device is not None:
-        if device not in _TIERS:
+        if not isinstance(device, str) or device not in _TIERS:
             raise ConfigError(f"{section}.device", device, "'none', 'cpu' or 'nvme'")
         if device == "none" and target == "placement.states":
             keys.map(f"{section}.device", device, target, "auto", "states are never on the device here")

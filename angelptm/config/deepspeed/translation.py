@@ -19,6 +19,7 @@ from angelptm.config.deepspeed.keys import (
 )
 from angelptm.config.deepspeed.report import KeyReport, Outcome
 from angelptm.config.problem import UnknownKeyError
+from angelptm.config.schema import Config
 from angelptm.config.suggest import nearest
 from angelptm.errors import ConfigError
 
@@ -145,9 +146,9 @@ def _check_known(key: str, value: Any) -> None:
         if parent
         else set(TOP_LEVEL)
     )
-    near = nearest(last, siblings)
-    if near is None and not parent:
+    if not parent and last in Config.model_fields:
         raise ConfigError(
             last, value, "a key of DeepSpeed", f'Keys of this package go into a block: "angelptm": {{"{last}": ...}}.'
         )
+    near = nearest(last, siblings)
     raise UnknownKeyError(dotted + last, value, near and dotted + near, sorted(siblings))

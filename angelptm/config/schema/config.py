@@ -47,7 +47,7 @@ class Config(Section):
     schedule: Schedule = Field(default=Schedule(), description="The learning rate over the steps.")
     run_dir: UserPath | None = Field(default=None, description="Folder of this run's records. null: chosen by train.")
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

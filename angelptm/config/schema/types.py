@@ -38,13 +38,22 @@ def _size(value: Any) -> int:
 def _path(value: Any) -> Any:
     if value == "":
         raise expected("a path, not an empty text")
+    if isinstance(value, str) and "\0" in value:
+        raise expected("a path without a byte 0")
     return value
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise expected("a path whose ~ names a user of this machine") from error
 
 
 Bytes = Annotated[int, BeforeValidator(_size), PlainSerializer(exact_size, when_used="json")]
 """A size: whole bytes, or text with a unit. Held as int, written as the shortest exact text."""
 
-UserPath = Annotated[Path, BeforeValidator(_path), AfterValidator(Path.expanduser)]
+UserPath = Annotated[Path, BeforeValidator(_path), AfterValidator(_expanded)]
 """A path as the user wrote it, with ``~`` expanded; relative ones are relative to the working folder."""
 
 
