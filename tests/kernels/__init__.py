@@ -1,0 +1,1 @@
+"""Kernels: parity of instruction sets, torch as reference, the summation tree."""
