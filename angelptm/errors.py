@@ -1,4 +1,4 @@
-"""The errors that a user can meet. Each carries the facts; its text says what, where, what was expected, and the remedy.
+"""The errors that a user can meet. Each carries the facts; its text says what, where, what was expected, the remedy.
 
 A command line prints the text alone and exits with code 2; programs read the attributes.
 """
