@@ -9,6 +9,7 @@ import weakref
 from typing import Protocol
 
 from io_engine.errors import IoError
+from io_engine.machine import file_system
 
 try:
     import angelptm_native
@@ -117,7 +118,8 @@ class PlainFile:
                     raise
                 self.buffered_reason = "the file system refuses O_DIRECT"
             else:
-                if not _on_tmpfs(self.path):
+                # Since Linux 6.6 tmpfs accepts O_DIRECT and ignores it.
+                if file_system(self.path) != "tmpfs":
                     return descriptor
                 os.close(descriptor)
                 self.buffered_reason = "tmpfs keeps files in memory, so O_DIRECT has no effect"
@@ -130,15 +132,3 @@ class PlainFile:
     @property
     def size_bytes(self) -> int:
         return os.stat(self.descriptor).st_size
-
-
-def _on_tmpfs(path: str) -> bool:
-    """Whether the longest mount point above ``path`` is a tmpfs, which accepts O_DIRECT and ignores it."""
-    path = os.path.realpath(path)
-    best = ("", "")
-    with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            point, kind = line.split()[1:3]
-            if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= len(best[0]):
-                best = (point, kind)
-    return best[1] == "tmpfs"
