@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -23,11 +23,10 @@ app = typer.Typer(help="Measure disks and the I/O backends.", no_args_is_help=Tr
 
 _QUICK_BYTES, _QUICK_ROUNDS, _QUICK_BLOCK = "16MiB", 2, "1MiB"
 
-# typer reads annotations at run time, so Python 3.10's `X | None` would do, but typer 0.12 wants Optional there.
-Texts = Optional[list[str]]  # noqa: UP045
-Numbers = Optional[list[int]]  # noqa: UP045
-Text = Optional[str]  # noqa: UP045
-Number = Optional[int]  # noqa: UP045
+Texts = list[str] | None
+Numbers = list[int] | None
+Text = str | None
+Number = int | None
 
 Quick = Annotated[bool, typer.Option("--quick", help="Small sizes and 2 rounds: shows that it works.")]
 Size = Annotated[Text, typer.Option("--size", "--io-size", "--io_size", help="Bytes of the test file.  [1GiB]")]

@@ -37,7 +37,7 @@ def plot_bench(report: dict[str, Any], path: str) -> None:
     for column, op in enumerate(ops):
         rate, latency = axes[0][column], axes[1][column]
         for index, backend in enumerate(backends):
-            found = [by_key[(op, backend, *shape)] for shape in shapes]
+            found = [by_key[(op, backend, block, depth)] for block, depth in shapes]
             places = [place + (index - (len(backends) - 1) / 2) * width for place in range(len(shapes))]
             medians = [row["bytes_per_s"] / 1e9 for row in found]
             below = [(row["bytes_per_s"] - row["bytes_per_s_min"]) / 1e9 for row in found]
@@ -49,7 +49,6 @@ def plot_bench(report: dict[str, Any], path: str) -> None:
             tail = [(row["latency_p99_s"] - row["latency_p50_s"]) * 1e3 for row in found]
             latency.bar(places, middle, width, yerr=[[0.0] * len(tail), tail], color=colour, capsize=2)
         rate.set_title(op)
-        latency.set_yscale("log")
         latency.set_xticks(
             range(len(shapes)), [f"{format_bytes(block)}\nx {depth}" for block, depth in shapes], fontsize=9
         )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 
-_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+# "M" alone is a power of two, as fio and ds_io read it.
+_BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def parse_bytes(text: str) -> int:
-    """ "4MiB", "4M", "4194304" -> 4194304. Units are powers of two, as fio and ds_io read them; "MB" is refused, since
-    half of its readers would be wrong. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+)\s*(?:([kmgt])(?:ib)?|b)?\s*", text.lower())
-    if not match:
+    """ "4MiB", "4M", "4194304" -> 4194304; "4MB" -> 4000000. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    if not match or (match.group(3) == "ib" and not match.group(2)):
         raise ValueError(f"{text!r} is not a size: write for example 4MiB, 512KiB or 1048576")
-    return int(match.group(1)) * _UNITS[match.group(2) or ""]
+    number, prefix, suffix = match.groups()
+    units = _DECIMAL if suffix == "b" else _BINARY
+    return round(float(number) * units.get(prefix, 1))
 
 
 def format_bytes(count: int) -> str:
