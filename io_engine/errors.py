@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from errno import ENODATA
 
 
 class IoError(OSError):
@@ -14,7 +15,8 @@ class IoError(OSError):
     """
 
     def __init__(self, op: str, path: str, offset: int, bytes: int, errno: int, text: str = "") -> None:
-        text = text or f"{op} {path} at offset {offset}, {bytes} bytes: {os.strerror(errno)} (errno {errno})"
+        reason = "end of file" if errno == ENODATA else os.strerror(errno)
+        text = text or f"{op} {path} at offset {offset}, {bytes} bytes: {reason} (errno {errno})"
         super().__init__(errno, text)
         self.op, self.path, self.offset, self.bytes, self.text = op, path, offset, bytes, text
 

@@ -1,0 +1,60 @@
+"""The ``angelptm`` command. Operating errors become one message and an exit code; there are no tracebacks for them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+import typer
+from io_engine.cli import app as io_app
+
+from angelptm.cli.plan import plan
+from angelptm.cli.report import report
+from angelptm.cli.train import train
+from angelptm.errors import AngelPTMError
+
+app = typer.Typer(
+    help="Trains PyTorch models whose states exceed GPU memory and DRAM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(plan)
+app.command()(report)
+app.add_typer(io_app, name="io")
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the console command. Exits with 0, 2 for an error that the message explains, 130 when stopped."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (AngelPTMError, OSError, MemoryError) as error:
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        print("stopped.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""``angelptm train``."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from angelptm.config import load_config
+from angelptm.sizes import format_bytes
+from angelptm.train import RunResult
+from angelptm.train import train as run_training
+from angelptm.train.progress import ConsoleReporter
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key, for example training.steps=10. Repeatable."),
+]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, or a DeepSpeed JSON.")]
+
+
+def train(
+    config: ConfigPath,
+    set_: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on the last line.")] = False,
+) -> None:
+    """Trains a model as a config says."""
+    console = Console(stderr=True) if json else Console()
+    result = run_training(load_config(config, set_ or []), ConsoleReporter(console))
+    show_result(result, console)
+    if json:
+        print(json_format.dumps(result.to_json()), flush=True)
+
+
+def show_result(result: RunResult, console: Console) -> None:
+    """Losses, a sample, the tiers' table and the run folder."""
+    if result.sample is not None:
+        console.print(Panel(Text(result.sample), title="sample: a prompt from the validation set, then the model"))
+    table = Table(title="tiers: what was allowed, used and moved while training")
+    for column in ("tier", "budget", "peak", "read", "written"):
+        table.add_column(column, justify="left" if column == "tier" else "right")
+    for tier, moved in result.bytes.items():
+        table.add_row(
+            tier,
+            format_bytes(result.budget_bytes[tier]),
+            format_bytes(result.peak_bytes[tier]),
+            format_bytes(moved["read"]),
+            format_bytes(moved["written"]),
+        )
+    console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    if result.validation_loss_before is not None and result.validation_loss_after is not None:
+        facts.add_row(
+            "validation loss", f"{result.validation_loss_before:.4f} → {result.validation_loss_after:.4f}"
+        )
+    facts.add_row("training loss", f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}")
+    facts.add_row("speed", f"{result.tokens_per_s:,.0f} tokens/s, {sum(result.step_seconds):.1f} s in steps")
+    facts.add_row(
+        "memory",
+        f"peak RSS {format_bytes(result.peak_rss_bytes)}, of it activations kept for backward "
+        f"{format_bytes(result.activation_bytes)}",
+    )
+    facts.add_row("run folder", result.run_dir)
+    console.print(facts, soft_wrap=True)

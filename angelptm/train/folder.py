@@ -1,0 +1,79 @@
+"""The run folder: what a run was asked, what it planned, what happened at each step, and its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from angelptm.config import Config
+from angelptm.errors import ConfigError
+
+
+class RunFolder:
+    """``config.yaml`` (resolved), ``plan.json``, ``metrics.jsonl`` (one line a step), ``result.json``, ``tokens/``.
+
+    Until ``keep`` is called the folder is on trial: ``discard`` removes what this object made, and nothing else.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = (path or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self._kept = False
+        self._metrics: IO[str] | None = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            self.discard()
+            raise ConfigError("run_dir", str(self.path), f"a folder that can be written ({error.strerror})") from error
+
+    @property
+    def tokens(self) -> Path:
+        """Where tokenized text is kept."""
+        return self.path / "tokens"
+
+    def keep(self, config: Config, plan: dict[str, Any]) -> None:
+        """The run starts: records what it is, and opens the metrics."""
+        self._kept = True
+        (self.path / "result.json").unlink(missing_ok=True)
+        self._write("config.yaml", config.resolved_yaml())
+        self._write("plan.json", json.dumps(plan, indent=2))
+        self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Appends one line, whole."""
+        assert self._metrics is not None, "keep comes first"
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self._write("result.json", json.dumps(result, indent=2))
+        self.close()
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def discard(self) -> None:
+        """Removes the folders that did not exist before, unless the run had started."""
+        self.close()
+        if self._kept:
+            return
+        if self._made and self._made[0] == self.path:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self._made[1:]:
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # Something else has been put there meanwhile.
+
+    def _write(self, name: str, text: str) -> None:
+        part = self.path / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.path / name)

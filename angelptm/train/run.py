@@ -1,0 +1,220 @@
+"""One training run, top to bottom."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from angelptm.config import Config
+from angelptm.data import TokenBatches, open_dataset, open_tokenizer
+from angelptm.engine import Engine
+from angelptm.engine.setup import lay_out, plan_of
+from angelptm.errors import ConfigError
+from angelptm.model.materialize import build_model
+from angelptm.plan import plan_summary
+from angelptm.sizes import format_bytes
+from angelptm.train.folder import RunFolder
+from angelptm.train.progress import Reporter
+from angelptm.train.result import RunResult
+from angelptm.train.schedule import make_scheduler
+
+_PROMPT_TOKENS = 48
+
+
+def train(config: Config, reporter: Reporter) -> RunResult:
+    """Trains as configured and returns the figures; the run folder has them too.
+
+    Raises ConfigError, CapacityError or DataError before anything is allocated, and leaves nothing behind then;
+    NonFiniteError when the loss stops being a number.
+    """
+    _require_training(config)
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    torch.manual_seed(config.training.seed)
+    with reporter.working("building the model"):
+        model = build_model(config)
+    _require_fit(model, config)
+    plan_of(*lay_out(model, config), config)  # refuses here, before data and run folder are touched
+    folder = RunFolder(config.run_dir)
+    try:
+        return _train(model, config, folder, reporter)
+    finally:
+        reporter.end()
+        folder.discard()
+
+
+def _require_training(config: Config) -> None:
+    if config.training.steps == 0:
+        raise ConfigError("training.steps", 0, "the number of optimizer steps", "Set it, or --set training.steps=100.")
+
+
+def _vocabulary(model: Any) -> int | None:
+    text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    found: int | None = getattr(text_config, "vocab_size", None)
+    return found
+
+
+def _require_fit(model: Any, config: Config) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < config.data.sequence_length:
+        raise ConfigError(
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"at most {longest}, the positions that the model has",
+        )
+
+
+def _train(model: Any, config: Config, folder: RunFolder, reporter: Reporter) -> RunResult:
+    with reporter.working("reading the data") as tick:
+        training, validation = open_dataset(
+            config.data, config.training.seed, folder.tokens, _vocabulary(model), progress=tick
+        )
+    with reporter.working("filling the pages"):
+        engine = Engine(model, config)
+    result = RunResult(
+        model=config.model.preset or getattr(model.config, "model_type", type(model).__name__),
+        parameters=sum(unit.layout.numel for unit in engine.plan.units),
+        tokens_per_step=config.data.sequence_length
+        * config.data.micro_batch_size
+        * config.gradient_accumulation_steps,
+        budget_bytes=_budgets(engine),
+        config_hash=config.hash,
+        run_dir=str(folder.path),
+    )
+    try:
+        folder.keep(config, plan_summary(engine.plan))
+        _announce(result, engine, training, reporter)
+        result.validation_loss_before = _evaluate(engine, validation, config, reporter)
+        _steps(engine, training, validation, config, folder, reporter, result)
+        result.validation_loss_after = _evaluate(engine, validation, config, reporter)
+        if config.training.sample_tokens and hasattr(model, "generate"):
+            result.sample = _sample(engine, validation or training, config, reporter)
+        result.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        folder.finish(result.to_json())
+    finally:
+        engine.close()
+    return result
+
+
+def _budgets(engine: Engine) -> dict[str, int]:
+    plan = engine.plan
+    return {
+        "device": engine.config.tiers.device,
+        "host": engine.config.tiers.host,
+        "ssd": plan.ssd_slots * plan.page_bytes,
+    }
+
+
+def _announce(result: RunResult, engine: Engine, training: TokenBatches, reporter: Reporter) -> None:
+    reporter.say(
+        f"{result.model}: {result.parameters / 1e6:.1f} M parameters in {len(engine.plan.units)} units, "
+        f"pages of {format_bytes(engine.plan.page_bytes)}, {engine.config.precision}; "
+        f"{len(training.tokens) / 1e6:.1f} M training tokens"
+    )
+    for kind, tiers in engine.plan.kind_bytes.items():
+        homes = ", ".join(f"{format_bytes(size)} on {tier}" for tier, size in tiers.items() if size)
+        reporter.say(f"  {kind:<10} {homes}")
+    for note in engine.notes():
+        reporter.say(f"  I/O: {note}")
+
+
+def _steps(
+    engine: Engine,
+    training: TokenBatches,
+    validation: TokenBatches | None,
+    config: Config,
+    folder: RunFolder,
+    reporter: Reporter,
+    result: RunResult,
+) -> None:
+    scheduler = make_scheduler(engine.optimizer, config.schedule, config.training.steps)
+    before, phases_before = engine.traffic(), engine.phase_seconds()
+    evaluated: dict[str, dict[str, int]] = {tier: {"read": 0, "written": 0} for tier in before}
+    engine.module.train()
+    reporter.begin(config.training.steps)
+    for step in range(1, config.training.steps + 1):
+        start = time.perf_counter()
+        loss = 0.0
+        for _ in range(config.gradient_accumulation_steps):
+            output = engine(**next(training))
+            engine.backward(output.loss)
+            loss += float(output.loss.detach()) / config.gradient_accumulation_steps
+            del output
+        engine.step()
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+        if step == config.training.steps:
+            engine.drain()  # the last step's update belongs to its time
+        seconds = time.perf_counter() - start
+        result.losses.append(loss)
+        result.step_seconds.append(seconds)
+        moved = _difference(_difference(engine.traffic(), before), evaluated)
+        result.bytes = moved
+        folder.record(
+            {"step": step, "loss": loss, "lr": lr, "grad_norm": engine.grad_norm, "seconds": seconds, "bytes": moved}
+        )
+        if step % config.training.log_every == 0 or step == config.training.steps:
+            reporter.step(step, loss, result.tokens_per_s, moved)
+        if config.training.eval_every and step % config.training.eval_every == 0 and step < config.training.steps:
+            mark = engine.traffic()
+            held_out = _evaluate(engine, validation, config, reporter)
+            evaluated = _sum(evaluated, _difference(engine.traffic(), mark))
+            folder.record({"step": step, "validation_loss": held_out})
+    reporter.end()
+    result.phase_seconds = {
+        name: seconds - phases_before[name] for name, seconds in engine.phase_seconds().items()
+    }
+    result.peak_bytes = engine.peak_bytes()
+    result.activation_bytes = engine.activation_bytes
+
+
+_Traffic = Mapping[str, Mapping[str, int]]
+
+
+def _difference(later: _Traffic, earlier: _Traffic) -> dict[str, dict[str, int]]:
+    return {tier: {way: size - earlier[tier][way] for way, size in both.items()} for tier, both in later.items()}
+
+
+def _sum(one: _Traffic, other: _Traffic) -> dict[str, dict[str, int]]:
+    return {tier: {way: size + other[tier][way] for way, size in both.items()} for tier, both in one.items()}
+
+
+def _evaluate(
+    engine: Engine, validation: TokenBatches | None, config: Config, reporter: Reporter
+) -> float | None:
+    """Mean loss over the first batches of the validation set, always the same ones; None without one."""
+    if validation is None:
+        return None
+    count = min(config.training.eval_batches, max(1, validation.sample_count // config.data.micro_batch_size))
+    engine.module.eval()
+    total = 0.0
+    with torch.no_grad():
+        for index in range(count):
+            total += float(engine(**validation.batch(index)).loss)
+    engine.module.train()
+    reporter.say(f"validation loss {total / count:.4f} over {count} batches")
+    return total / count
+
+
+def _sample(engine: Engine, batches: TokenBatches, config: Config, reporter: Reporter) -> str:
+    """Text that the model writes after the beginning of a sample it was not trained on."""
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    prompt = batches.batch(0)["input_ids"][:1, :_PROMPT_TOKENS]
+    longest = getattr(engine.module.config, "max_position_embeddings", None) or 2**31
+    engine.module.eval()
+    with reporter.working("writing a sample"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        generated = engine.module.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max(1, min(config.training.sample_tokens, longest - prompt.shape[1])),
+            do_sample=True,
+            top_k=40,
+            pad_token_id=0,
+        )
+    engine.module.train()
+    return tokenizer.decode(generated[0].tolist())

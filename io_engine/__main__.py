@@ -1,0 +1,3 @@
+from io_engine.cli import main
+
+main()
