@@ -10,12 +10,12 @@ from types import FrameType
 
 import click
 import typer
-from io_engine.cli import app as io_app
 
 from angelptm.cli.plan import plan
 from angelptm.cli.report import report
 from angelptm.cli.train import train
 from angelptm.errors import AngelPTMError
+from io_engine.cli import app as io_app
 
 app = typer.Typer(
     help="Trains PyTorch models whose states exceed GPU memory and DRAM.",

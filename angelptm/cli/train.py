@@ -56,9 +56,7 @@ def show_result(result: RunResult, console: Console) -> None:
     console.print(table)
     facts = Table.grid(padding=(0, 2))
     if result.validation_loss_before is not None and result.validation_loss_after is not None:
-        facts.add_row(
-            "validation loss", f"{result.validation_loss_before:.4f} → {result.validation_loss_after:.4f}"
-        )
+        facts.add_row("validation loss", f"{result.validation_loss_before:.4f} → {result.validation_loss_after:.4f}")
     facts.add_row("training loss", f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}")
     facts.add_row("speed", f"{result.tokens_per_s:,.0f} tokens/s, {sum(result.step_seconds):.1f} s in steps")
     facts.add_row(

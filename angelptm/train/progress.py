@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -13,6 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from angelptm.sizes import format_bytes
 
 _LINE_SECONDS = 5.0
+
+
+class Tick(Protocol):
+    def __call__(self, done: int, total: int) -> None: ...
 
 
 class Reporter(Protocol):
@@ -24,27 +28,15 @@ class Reporter(Protocol):
 
     def begin(self, total_steps: int) -> None: ...
 
-    def step(
-        self, step: int, loss: float, tokens_per_s: float, traffic: Mapping[str, Mapping[str, int]]
-    ) -> None:
+    def step(self, step: int, loss: float, tokens_per_s: float, traffic: Mapping[str, Mapping[str, int]]) -> None:
         """After each step; ``traffic`` is cumulative."""
         ...
 
     def end(self) -> None: ...
 
-    def working(self, what: str) -> _Working:
+    def working(self, what: str) -> AbstractContextManager[Tick]:
         """A context around something that may take seconds; called inside with (done, total) bytes."""
         ...
-
-
-class _Working(Protocol):
-    def __enter__(self) -> Tick: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-
-class Tick(Protocol):
-    def __call__(self, done: int, total: int) -> None: ...
 
 
 def moved(traffic: Mapping[str, Mapping[str, int]]) -> str:
@@ -81,18 +73,14 @@ class ConsoleReporter:
         self._progress.start()
         self._progress.add_task("train", total=total_steps, loss=float("nan"), rate=0.0, moved="")
 
-    def step(
-        self, step: int, loss: float, tokens_per_s: float, traffic: Mapping[str, Mapping[str, int]]
-    ) -> None:
+    def step(self, step: int, loss: float, tokens_per_s: float, traffic: Mapping[str, Mapping[str, int]]) -> None:
         if self._progress is not None:
             self._progress.update(
                 self._progress.task_ids[0], completed=step, loss=loss, rate=tokens_per_s, moved=moved(traffic)
             )
         elif step in (1, self._total) or time.monotonic() - self._last_line >= _LINE_SECONDS:
             self._last_line = time.monotonic()
-            self.say(
-                f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_s:,.0f} tok/s  moved: {moved(traffic)}"
-            )
+            self.say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_s:,.0f} tok/s  moved: {moved(traffic)}")
 
     def end(self) -> None:
         if self._progress is not None:

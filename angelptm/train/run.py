@@ -76,11 +76,9 @@ def _train(model: Any, config: Config, folder: RunFolder, reporter: Reporter) ->
     with reporter.working("filling the pages"):
         engine = Engine(model, config)
     result = RunResult(
-        model=config.model.preset or getattr(model.config, "model_type", type(model).__name__),
+        model=config.model.preset or str(getattr(model.config, "model_type", type(model).__name__)),
         parameters=sum(unit.layout.numel for unit in engine.plan.units),
-        tokens_per_step=config.data.sequence_length
-        * config.data.micro_batch_size
-        * config.gradient_accumulation_steps,
+        tokens_per_step=config.data.sequence_length * config.data.micro_batch_size * config.gradient_accumulation_steps,
         budget_bytes=_budgets(engine),
         config_hash=config.hash,
         run_dir=str(folder.path),
@@ -165,9 +163,7 @@ def _steps(
             evaluated = _sum(evaluated, _difference(engine.traffic(), mark))
             folder.record({"step": step, "validation_loss": held_out})
     reporter.end()
-    result.phase_seconds = {
-        name: seconds - phases_before[name] for name, seconds in engine.phase_seconds().items()
-    }
+    result.phase_seconds = {name: seconds - phases_before[name] for name, seconds in engine.phase_seconds().items()}
     result.peak_bytes = engine.peak_bytes()
     result.activation_bytes = engine.activation_bytes
 
@@ -183,9 +179,7 @@ def _sum(one: _Traffic, other: _Traffic) -> dict[str, dict[str, int]]:
     return {tier: {way: size + other[tier][way] for way, size in both.items()} for tier, both in one.items()}
 
 
-def _evaluate(
-    engine: Engine, validation: TokenBatches | None, config: Config, reporter: Reporter
-) -> float | None:
+def _evaluate(engine: Engine, validation: TokenBatches | None, config: Config, reporter: Reporter) -> float | None:
     """Mean loss over the first batches of the validation set, always the same ones; None without one."""
     if validation is None:
         return None
@@ -208,7 +202,8 @@ def _sample(engine: Engine, batches: TokenBatches, config: Config, reporter: Rep
     engine.module.eval()
     with reporter.working("writing a sample"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        generated = engine.module.generate(
+        model: Any = engine.module
+        generated = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max(1, min(config.training.sample_tokens, longest - prompt.shape[1])),
