@@ -61,7 +61,7 @@ def test_a_norm_does_not_depend_on_page_size(seed, blocks, tail, page_blocks):
         kernels.accumulate(stored[i : i + page], values[i : i + page], add=False, first_element=i).sum_squares
         for i in range(0, values.size, page)
     ]
-    assert kernels.tree_sum(nodes) == whole
+    assert kernels.tree_sum(nodes) == kernels.tree_sum(np.array(nodes)) == whole
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
