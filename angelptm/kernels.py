@@ -9,6 +9,7 @@ written.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import angelptm_native as native
@@ -140,11 +141,11 @@ def accumulate(dst: Array, src: Array, *, add: bool, first_element: int = 0) -> 
     return native.accumulate(dst_address, dst_dtype, src_address, src_dtype, count, add, first_element)
 
 
-def tree_sum(values: list[float], first_index: int = 0) -> float:
+def tree_sum(values: Sequence[float] | np.ndarray, first_index: int = 0) -> float:
     """The tree above the pages: ``values[i]`` is the sum of the aligned page ``first_index + i``, all of one size."""
     if first_index < 0:
         raise ValueError(f"first_index: found {first_index}, expected 0 or more")
-    return native.tree_sum(values, first_index)
+    return native.tree_sum(np.asarray(values, np.float64).tolist(), first_index)
 
 
 def _check_step(step: int) -> None:

@@ -73,6 +73,15 @@ def test_adamw_stays_within_1e_6_of_torch_after_100_steps(options):
 
 
 @pytest.mark.usefixtures("isa")
+def test_without_memory_the_average_is_the_gradient_itself():
+    exp_avg, gradient = torch.full((COUNT,), 1e6), gradients(1)[0]
+    kernels.step(
+        kernels.adamw_hyper(1e-3, (0.0, 0.9), step=2), start(0), exp_avg, torch.zeros(COUNT), gradient, start(0)
+    )
+    assert torch.equal(exp_avg, gradient)
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(
     "options",
     [

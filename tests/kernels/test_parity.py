@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
 import angelptm_native as native
 import numpy as np
 import pytest
@@ -106,6 +109,19 @@ def test_a_step_leaves_the_elements_beside_its_run_alone():
         edges = [(a[0].tobytes(), a[-1].tobytes()) for a in (*arrays, param)]
         kernels.step(HYPERS["adamw"], *(a[1:-1] for a in arrays), param[1:-1])
         assert [(a[0].tobytes(), a[-1].tobytes()) for a in (*arrays, param)] == edges
+
+
+def test_a_step_in_parts_on_several_threads_has_the_bits_of_one_step():
+    rng = np.random.default_rng(9)
+    count = 200_000
+    arrays = [floats(rng, count, special=0) for _ in range(4)]
+    arrays.append(of_dtype(native.DType.BF16, rng, count))
+    expected = step_bytes(native.isa_in_use(), HYPERS["adamw"], arrays, native.DType.BF16)
+    cuts = [0, 1, 70_001, 70_032, 199_999, count]
+    parts = [[array[begin:end] for array in arrays] for begin, end in itertools.pairwise(cuts)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda part: kernels.step(HYPERS["adamw"], *part), parts))
+    assert [arrays[index].tobytes() for index in (0, 1, 2, 4)] == expected
 
 
 @SETTINGS

@@ -45,6 +45,24 @@ def test_accumulate_is_the_documented_tree():
 
 
 @pytest.mark.usefixtures("isa")
+def test_a_piece_of_any_length_is_the_documented_leaf():
+    values = values_of(1, 100)
+    for count in range(100):
+        stats = kernels.accumulate(np.empty(count, np.float32), values[:count], add=False)
+        assert stats.sum_squares == plain_leaf(values[:count])
+
+
+@pytest.mark.usefixtures("isa")
+def test_leaves_lie_at_multiples_of_the_block_wherever_a_run_starts():
+    values = values_of(2, 2 * BLOCK)
+    for before in (1, 100, BLOCK - 1):  # elements of the run that belong to its first leaf
+        leaves = [values[:before], values[before : before + BLOCK], values[before + BLOCK :]]
+        expected = plain_tree([0.0, *map(plain_leaf, leaves)])
+        found = kernels.accumulate(np.empty_like(values), values, add=False, first_element=2 * BLOCK - before)
+        assert found.sum_squares == expected
+
+
+@pytest.mark.usefixtures("isa")
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -61,7 +79,7 @@ def test_a_norm_does_not_depend_on_page_size(seed, blocks, tail, page_blocks):
         kernels.accumulate(stored[i : i + page], values[i : i + page], add=False, first_element=i).sum_squares
         for i in range(0, values.size, page)
     ]
-    assert kernels.tree_sum(nodes) == whole
+    assert kernels.tree_sum(nodes) == kernels.tree_sum(np.array(nodes)) == whole
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
