@@ -7,7 +7,7 @@ The portable baseline is compiled for the plain architecture; the AVX2 and AVX-5
 import os
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
@@ -21,7 +21,17 @@ if sanitizer := os.environ.get("ANGELPTM_SANITIZE"):  # "thread" or "address"
     compile_args += [f"-fsanitize={sanitizer}", "-g", "-O1", "-fno-omit-frame-pointer"]
     link_args += [f"-fsanitize={sanitizer}"]
 
-ParallelCompile("ANGELPTM_BUILD_JOBS", default=os.cpu_count() or 1, needs_recompile=naive_recompile).install()
+
+
+def stale(object_file: str, source_file: str) -> bool:
+    """Whether an object is older than its source or any header."""
+    if not os.path.exists(object_file):
+        return True
+    built = os.stat(object_file).st_mtime
+    return any(os.stat(path).st_mtime >= built for path in [source_file, *headers])
+
+
+ParallelCompile("ANGELPTM_BUILD_JOBS", default=os.cpu_count() or 1, needs_recompile=stale).install()
 
 setup(
     ext_modules=[

@@ -8,6 +8,11 @@ import angelptm_native as native
 import torch
 
 
+# Activations and gradients of this device are blocks of malloc. By default glibc keeps freed blocks of up to 32 MiB for
+# later; with a model of 355 M parameters that held 440 MiB that nothing used.
+_RETURN_AT_LEAST_BYTES = 2**20
+
+
 class CpuDevice:
     """An arena of exactly ``arena_bytes`` in anonymous memory, committed by use. See :class:`Device`."""
 
@@ -16,6 +21,7 @@ class CpuDevice:
         self.arena_bytes = arena_bytes
         self.read_bytes = 0
         self.written_bytes = 0
+        native.return_freed_blocks(_RETURN_AT_LEAST_BYTES)
         self._memory = mmap.mmap(-1, arena_bytes)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()

@@ -109,5 +109,5 @@ def _auto_model(config: Any) -> nn.Module:
     if not hasattr(config, "model_type"):
         raise TypeError(f"source: found {type(config).__name__}, expected a transformers config, a folder or a callable")
     auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-    model: nn.Module = auto.from_config(config, torch_dtype=torch.float32)
+    model: nn.Module = auto.from_config(config, dtype=torch.float32)
     return model
