@@ -8,7 +8,6 @@ import signal
 import sys
 from types import FrameType
 
-import click
 import typer
 
 from angelptm.cli.plan import plan
@@ -29,7 +28,6 @@ app.command()(report)
 app.add_typer(io_app, name="io")
 
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -37,23 +35,15 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry point of the console command. Exits with 0, 2 for an error that the message explains, 130 when stopped."""
+    """Entry point of the console command. Exit code 0, or 2 for an error that the message explains."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        app()
     except (AngelPTMError, OSError, MemoryError) as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        print("stopped.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

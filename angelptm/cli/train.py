@@ -54,15 +54,15 @@ def show_result(result: RunResult, console: Console) -> None:
             format_bytes(moved["written"]),
         )
     console.print(table)
-    facts = Table.grid(padding=(0, 2))
+    facts = {
+        "training loss": f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}",
+        "speed": f"{result.tokens_per_s:,.0f} tokens/s, {sum(result.step_seconds):.1f} s in steps",
+        "memory": f"peak RSS {format_bytes(result.peak_rss_bytes)}, of it "
+        f"{format_bytes(result.activation_bytes)} of activations kept for backward",
+        "run folder": result.run_dir,
+    }
     if result.validation_loss_before is not None and result.validation_loss_after is not None:
-        facts.add_row("validation loss", f"{result.validation_loss_before:.4f} → {result.validation_loss_after:.4f}")
-    facts.add_row("training loss", f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}")
-    facts.add_row("speed", f"{result.tokens_per_s:,.0f} tokens/s, {sum(result.step_seconds):.1f} s in steps")
-    facts.add_row(
-        "memory",
-        f"peak RSS {format_bytes(result.peak_rss_bytes)}, of it activations kept for backward "
-        f"{format_bytes(result.activation_bytes)}",
-    )
-    facts.add_row("run folder", result.run_dir)
-    console.print(facts, soft_wrap=True)
+        change = f"{result.validation_loss_before:.4f} → {result.validation_loss_after:.4f}"
+        facts = {"validation loss": change, **facts}
+    for name, value in facts.items():
+        console.print(f"{name:<16}{value}", soft_wrap=True, highlight=False, markup=False)

@@ -89,7 +89,7 @@ class ConsoleReporter:
 
     @contextmanager
     def working(self, what: str) -> Iterator[Tick]:
-        start = time.monotonic()
+        start = self._last_line = time.monotonic()
         if self._console.is_terminal:
             columns = TextColumn(what), BarColumn(bar_width=24), TimeRemainingColumn()
             with Progress(*columns, console=self._console, transient=True) as progress:

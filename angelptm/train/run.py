@@ -73,6 +73,7 @@ def _train(model: Any, config: Config, folder: RunFolder, reporter: Reporter) ->
         training, validation = open_dataset(
             config.data, config.training.seed, folder.tokens, _vocabulary(model), progress=tick
         )
+        training.batch(0)  # tokens that do not fit the model mostly show at once
     with reporter.working("filling the pages"):
         engine = Engine(model, config)
     result = RunResult(
