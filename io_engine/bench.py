@@ -151,8 +151,8 @@ def measure(engine: Engine, point: Point, buffer: AlignedBuffer, file_bytes: int
 def run_bench(plan: BenchPlan, progress: Progress) -> dict[str, Any]:
     """Measures all of ``plan``; the ``--json`` object.
 
-    Each round measures every combination once, fio's next to ours, so that whatever else the machine does meets all
-    alike.
+    Each round measures every combination once, fio's next to ours and each time another backend first, so that
+    whatever else the machine does, and whatever the previous measurement left in caches, meets all alike.
     """
     combinations = list(itertools.product(plan.ops, plan.block_bytes, plan.queue_depths))
     program = fio_path() if plan.with_fio else None
@@ -161,7 +161,7 @@ def run_bench(plan: BenchPlan, progress: Progress) -> dict[str, Any]:
     total, done = plan.rounds * len(points), 0
     with bench_file(plan.folder, plan.file_bytes, progress) as file:
         for round_index in range(plan.rounds):
-            for point in points:
+            for point in _rotated(points, len(backends), round_index):
                 what = f"{point.op} {format_bytes(point.block_bytes)} x {point.queue_depth} {point.backend}"
                 progress(done, total, f"round {round_index + 1}/{plan.rounds}: {what}")
                 if point.backend == "fio" and program:
@@ -181,6 +181,13 @@ def run_bench(plan: BenchPlan, progress: Progress) -> dict[str, Any]:
         "direct": direct,
         "buffered_reason": reason,
     }
+
+
+def _rotated(points: list[Point], group: int, by: int) -> Iterator[Point]:
+    """Each run of ``group`` points, the backends of one combination, begun at another place."""
+    for first in range(0, len(points), group):
+        backends = points[first : first + group]
+        yield from backends[by % group :] + backends[: by % group]
 
 
 def _measure_backend(file: File, point: Point, file_bytes: int) -> None:
