@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
+import io
 import os
 import threading
 import time
@@ -20,6 +22,7 @@ from io_engine.attempt import Answer, Attempt
 from io_engine.errors import IoError
 from io_engine.file import File
 
+_ACCESS_MODE = 3  # O_ACCMODE, which Python's os lacks
 _OPEN_SECONDS = 30.0  # for opening or closing all handles
 
 
@@ -82,8 +85,12 @@ class AiofilesQueue:
             await handle.seek(attempt.offset)
             count = await (handle.write(attempt.view) if attempt.write else handle.readinto(attempt.view))
             result = -errno.EAGAIN if count is None else count
+        except io.UnsupportedOperation:  # Python's own, without errno: the handle is not open for this
+            result = -errno.EBADF
         except OSError as error:
             result = -(error.errno or errno.EIO)
+        # The executor and this coroutine may outlive the answer for a moment, but the buffer is then the caller's.
+        attempt.view.release()
         with self._arrived:
             self._answers.append((attempt.id, result))
             self._free_slots.append(slot)
@@ -95,8 +102,7 @@ class AiofilesQueue:
             self._handles.append(handles)
             for file in self._files:
                 flags = os.O_DIRECT if file.direct else 0
-                access = os.O_ACCMODE if hasattr(os, "O_ACCMODE") else 3
-                writable = (_descriptor_flags(file.descriptor) & access) == os.O_RDWR
+                writable = fcntl.fcntl(file.descriptor, fcntl.F_GETFL) & _ACCESS_MODE == os.O_RDWR
                 handles.append(
                     await self._open(
                         f"/proc/self/fd/{file.descriptor}",
@@ -120,9 +126,3 @@ class AiofilesQueue:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_OPEN_SECONDS)
         self._loop.close()
-
-
-def _descriptor_flags(descriptor: int) -> int:
-    import fcntl
-
-    return fcntl.fcntl(descriptor, fcntl.F_GETFL)

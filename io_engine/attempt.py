@@ -12,7 +12,8 @@ Answer = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at moving ``view`` (at most 1 GiB); the view keeps the memory alive until the answer."""
+    """One try at moving ``view`` (at most 1 GiB), which keeps the memory alive until the answer. The view is the
+    attempt's own slice: whoever takes the attempt may release it."""
 
     id: int
     write: bool

@@ -114,15 +114,17 @@ def bench_file(folder: str, bytes: int, progress: Progress) -> Iterator[File]:
 def measure(engine: Engine, point: Point, buffer: AlignedBuffer, file_bytes: int) -> None:
     """One round of ``point`` on the engine's first file, in order of offset, always queue_depth requests under way.
 
-    ``buffer`` holds queue_depth blocks. Appends to the point's samples.
+    As many again wait in the engine, which starts them itself when one ends: the device does not wait for Python.
+    ``buffer`` holds 2 * queue_depth blocks. Appends to the point's samples.
     """
     block, depth = point.block_bytes, point.queue_depth
     count = min(file_bytes // block, _MOST_REQUESTS)
     coin = random.Random(count)
-    views = [buffer.view(slot * block, block) for slot in range(depth)]
-    started: dict[Ticket, tuple[float, int]] = {}  # time and slot
+    views = [buffer.view(slot * block, block) for slot in range(2 * depth)]
+    started: dict[Ticket, tuple[int, float, int]] = {}  # number in order of submission, time of it, and slot
+    ended: list[float] = []  # times, in order
     latencies: list[float] = []
-    free, next_index = list(range(depth)), 0
+    free, next_index = list(range(2 * depth)), 0
     begin = time.perf_counter()
     while len(latencies) < count:
         batch, slots = [], []
@@ -133,13 +135,16 @@ def measure(engine: Engine, point: Point, buffer: AlignedBuffer, file_bytes: int
             slots.append(slot)
             next_index += 1
         now = time.perf_counter()
-        for ticket, slot in zip(engine.submit(batch), slots):
-            started[ticket] = (now, slot)
+        for number, (ticket, slot) in enumerate(zip(engine.submit(batch), slots), next_index - len(batch)):
+            started[ticket] = (number, now, slot)
         for ticket in engine.reap(1, _DEADLINE_SECONDS):
             if ticket.error:
                 raise ticket.error
-            at, slot = started.pop(ticket)
-            latencies.append(time.perf_counter() - at)
+            number, at, slot = started.pop(ticket)
+            # The engine starts requests in order: this one when the depth-th before it made room.
+            at = max(at, ended[number - depth]) if number >= depth else at
+            ended.append(time.perf_counter())
+            latencies.append(ended[-1] - at)
             free.append(slot)
     seconds = time.perf_counter() - begin
     latencies.sort()
@@ -151,8 +156,8 @@ def measure(engine: Engine, point: Point, buffer: AlignedBuffer, file_bytes: int
 def run_bench(plan: BenchPlan, progress: Progress) -> dict[str, Any]:
     """Measures all of ``plan``; the ``--json`` object.
 
-    Each round measures every combination once, fio's next to ours, so that whatever else the machine does meets all
-    alike.
+    Each round measures every combination once, fio's next to ours and each time another backend first, so that
+    whatever else the machine does, and whatever the previous measurement left in caches, meets all alike.
     """
     combinations = list(itertools.product(plan.ops, plan.block_bytes, plan.queue_depths))
     program = fio_path() if plan.with_fio else None
@@ -161,7 +166,7 @@ def run_bench(plan: BenchPlan, progress: Progress) -> dict[str, Any]:
     total, done = plan.rounds * len(points), 0
     with bench_file(plan.folder, plan.file_bytes, progress) as file:
         for round_index in range(plan.rounds):
-            for point in points:
+            for point in _rotated(points, len(backends), round_index):
                 what = f"{point.op} {format_bytes(point.block_bytes)} x {point.queue_depth} {point.backend}"
                 progress(done, total, f"round {round_index + 1}/{plan.rounds}: {what}")
                 if point.backend == "fio" and program:
@@ -183,8 +188,15 @@ def run_bench(plan: BenchPlan, progress: Progress) -> dict[str, Any]:
     }
 
 
+def _rotated(points: list[Point], group: int, by: int) -> Iterator[Point]:
+    """Each run of ``group`` points, the backends of one combination, begun at another place."""
+    for first in range(0, len(points), group):
+        backends = points[first : first + group]
+        yield from backends[by % group :] + backends[: by % group]
+
+
 def _measure_backend(file: File, point: Point, file_bytes: int) -> None:
-    size = point.block_bytes * point.queue_depth
+    size = point.block_bytes * point.queue_depth * 2
     with AlignedBuffer(size) as buffer:
         buffer.write(random.Random(1).randbytes(min(size, 1 << 20)) * max(1, size >> 20))
         with open([file], backend=point.backend, depth=point.queue_depth, buffers=[buffer]) as engine:

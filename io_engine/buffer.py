@@ -27,6 +27,14 @@ class AlignedBuffer(mmap.mmap):
                 return buffer  # a kernel without transparent huge pages
         return buffer
 
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.close()
+        except BufferError:
+            # On the way of an error the frames of its traceback still hold views: that error is the one to tell.
+            if error[0] is None:
+                raise
+
     @property
     def address(self) -> int:
         """Address of the first byte; valid until ``close``."""

@@ -99,12 +99,14 @@ class PlainFile:
             self.descriptor = self._open_descriptor(access)
             self._finalizer = weakref.finalize(self, os.close, self.descriptor)
             if allocate_bytes and not read_only:
-                os.posix_fallocate(self.descriptor, 0, allocate_bytes)
+                self._allocate(allocate_bytes)
             if unlink:
                 os.unlink(path)
         except OSError as error:
             if created:
                 os.unlink(path)
+            if hasattr(self, "_finalizer"):
+                self._finalizer()  # now, not with the traceback that still refers to this object
             op = "allocate" if hasattr(self, "_finalizer") and allocate_bytes else "open"
             raise IoError(op, path, 0, allocate_bytes, error.errno or errno.EIO, f"{op} {path}: {error}") from error
         self.memory_alignment = self.offset_alignment = 1 if self.buffered_reason else _FALLBACK_ALIGNMENT
@@ -124,6 +126,13 @@ class PlainFile:
                 os.close(descriptor)
                 self.buffered_reason = "tmpfs keeps files in memory, so O_DIRECT has no effect"
         return os.open(self.path, access)
+
+    def _allocate(self, bytes: int) -> None:
+        # Compared first, because a fallocate that fails has taken the whole disk until it gives up, from everybody.
+        space, status = os.fstatvfs(self.descriptor), os.fstat(self.descriptor)
+        if bytes - status.st_blocks * 512 > space.f_bavail * space.f_frsize:
+            raise OSError(errno.ENOSPC, f"free on this file system: {space.f_bavail * space.f_frsize} bytes")
+        os.posix_fallocate(self.descriptor, 0, bytes)
 
     @property
     def direct(self) -> bool:

@@ -107,7 +107,11 @@ class LiburingQueue:
         for _ in range(self._api.io_uring_cq_ready(self._ring)):
             self._api.io_uring_peek_cqe(self._ring, self._completion)
             entry = self._completion[0]
-            answers.append((entry.user_data, entry.res))
+            try:
+                result = entry.res
+            except OSError as error:  # that is how the binding tells a negative result
+                result = -(error.errno or errno.EIO)
+            answers.append((entry.user_data, result))
             del self._in_flight[entry.user_data]
             self._api.io_uring_cq_advance(self._ring, 1)
         return answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,16 +18,16 @@ from io_engine.sizes import format_bytes
 
 @contextmanager
 def shown_progress() -> Iterator[ProgressCall]:
-    """On standard error: a bar on a terminal, else one plain line for each step of a tenth."""
+    """On standard error: a bar on a terminal, else a plain line for each tenth, and at least every 5 seconds."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        last_tenth = -1
+        last_tenth, last_time = -1, 0.0
 
         def plain(done: int, total: int, what: str) -> None:
-            nonlocal last_tenth
+            nonlocal last_tenth, last_time
             tenth = done * 10 // max(total, 1)
-            if tenth != last_tenth:
-                last_tenth = tenth
+            if tenth != last_tenth or time.monotonic() - last_time > 5:
+                last_tenth, last_time = tenth, time.monotonic()
                 print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
 
         yield plain

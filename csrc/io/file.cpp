@@ -77,6 +77,15 @@ std::string allocate(int descriptor, const std::string& path, std::uint64_t byte
     }
     return {};
   }
+  // Compared first, because a fallocate that fails has taken the whole disk until it gives up, from everybody.
+  struct statvfs space{};
+  if (::fstatvfs(descriptor, &space) != 0) throw IoError(Op::kAllocate, path, 0, bytes, errno);
+  const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
+  const std::uint64_t owned_bytes = static_cast<std::uint64_t>(before.st_blocks) * 512;  // st_blocks has 512-byte units
+  const std::string free_text = "free on this file system: " + std::to_string(free_bytes) + " bytes";
+  if (bytes > owned_bytes && bytes - owned_bytes > free_bytes) {
+    throw IoError(Op::kAllocate, path, 0, bytes, ENOSPC, free_text);
+  }
   int result;
   do {
     result = ::fallocate(descriptor, 0, 0, static_cast<off_t>(bytes));
@@ -84,26 +93,12 @@ std::string allocate(int descriptor, const std::string& path, std::uint64_t byte
   if (result == 0) return {};
   const int error = errno;
   if (error != EOPNOTSUPP && error != ENOSYS) {
-    // fallocate may have come part of the way. Space that it took beyond the old size is given back.
-    std::string detail;
-    struct statvfs space{};
-    if (::ftruncate(descriptor, before.st_size) != 0) detail = "the old size could not be restored; ";
-    if (::fstatvfs(descriptor, &space) == 0) {
-      detail +=
-          "free on this file system: " + std::to_string(std::uint64_t{space.f_bavail} * space.f_frsize) + " bytes";
-    }
-    throw IoError(Op::kAllocate, path, 0, bytes, error, detail);
+    // It may have come part of the way. Space that it took beyond the old size is given back.
+    const bool restored = ::ftruncate(descriptor, before.st_size) == 0;
+    throw IoError(Op::kAllocate, path, 0, bytes, error, free_text + (restored ? "" : "; the old size is not restored"));
   }
   // No fallocate here (NFS before 4.2, some FUSE). Not posix_fallocate's emulation, which rewrites a byte of every
   // block.
-  struct statvfs space{};
-  if (::fstatvfs(descriptor, &space) != 0) throw IoError(Op::kAllocate, path, 0, bytes, errno);
-  const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
-  const std::uint64_t owned_bytes = std::uint64_t(before.st_blocks) * 512;  // st_blocks counts 512-byte units
-  if (bytes > owned_bytes && bytes - owned_bytes > free_bytes) {
-    throw IoError(Op::kAllocate, path, 0, bytes, ENOSPC,
-                  "free on this file system: " + std::to_string(free_bytes) + " bytes");
-  }
   if (static_cast<std::uint64_t>(before.st_size) < bytes && ::ftruncate(descriptor, static_cast<off_t>(bytes)) != 0) {
     throw IoError(Op::kAllocate, path, 0, bytes, errno);
   }
