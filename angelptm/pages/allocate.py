@@ -56,14 +56,13 @@ def open_store(
     Folders are created where missing. The files have no name from the moment they are open, so their space is given
     back when the process ends, however it ends. Raises ConfigError for a folder that cannot be used, IoError otherwise.
     """
-    files = []
+    files: list[tuple[str, int, float]] = []
     made: list[Path] = []
     for index, (folder, slots, weight) in enumerate(plan.ssd_slots_by_path):
         path = Path(folder)
         try:
-            missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+            made += [parent for parent in (path, *path.parents) if not parent.exists()]
             path.mkdir(parents=True, exist_ok=True)
-            made += missing
             if not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
@@ -90,7 +89,7 @@ def open_store(
 
 def remove_folders(folders: list[Path]) -> None:
     """Removes the folders that were made for a store that could not be opened; one that is in use stays."""
-    for folder in folders:
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
         with contextlib.suppress(OSError):
             folder.rmdir()
 
@@ -103,10 +102,10 @@ def _add(store: native.Store, home: str, elements: int, itemsize: int, page_byte
 
 
 def _add_span(store: native.Store, plan: Plan, span: SpanPlan) -> SpanPages:
-    states = [
+    master, exp_avg, exp_avg_sq = (
         _add(store, span.states_home, span.elements, 4, plan.page_bytes) if kind <= plan.moment_count else ()
         for kind in range(3)
-    ]
+    )
     grad_total = span.elements * plan.grad_itemsize
     grads = tuple(
         store.add_page(_HOMES[home], min(plan.page_bytes, grad_total - index * plan.page_bytes))
@@ -117,7 +116,7 @@ def _add_span(store: native.Store, plan: Plan, span: SpanPlan) -> SpanPages:
         if span.param_home == "device"
         else store.add_page(_HOMES[span.param_home], span.elements * plan.param_itemsize)
     )
-    return SpanPages(span.elements, *states, grads, param)
+    return SpanPages(span.elements, master, exp_avg, exp_avg_sq, grads, param)
 
 
 def allocate_pages(store: native.Store, plan: Plan) -> PageIds:

@@ -58,10 +58,14 @@ def _lead(windows: Sequence[Window], lead: int) -> list[Window]:
     return [Window(window.start - lead, window.end) for window in windows]
 
 
-def _first_fit(sizes: Sequence[int], windows: Sequence[Sequence[Window]], frames: int) -> list[int] | None:
-    """First-fit by decreasing size. Among the offsets that are free of conflicts it takes the one that shares fewest
-    frames with any other unit, so that units stay cached when there is room; then the lowest."""
-    order = sorted(range(len(sizes)), key=lambda unit: (-sizes[unit], unit))
+def _first_fit(
+    sizes: Sequence[int], windows: Sequence[Sequence[Window]], frames: int, order: Sequence[int], spread: bool
+) -> list[int] | None:
+    """Places units in ``order``, each at the lowest offset that is free of conflicts.
+
+    With ``spread`` it takes the one that shares fewest frames with any other unit instead, so that units stay cached
+    when there is room.
+    """
     offsets = [-1] * len(sizes)
     placed: list[int] = []
     for unit in order:
@@ -76,14 +80,35 @@ def _first_fit(sizes: Sequence[int], windows: Sequence[Sequence[Window]], frames
             end = start + sizes[unit]
             if end > frames or any(start < high and low < end for low, high in conflicts):
                 continue
-            shared = sum(max(0, min(end, high) - max(start, low)) for low, high in runs)
+            shared = sum(max(0, min(end, high) - max(start, low)) for low, high in runs) if spread else 0
             if best is None or (shared, start) < best:
                 best = (shared, start)
+            if shared == 0:
+                break
         if best is None:
             return None
         offsets[unit] = best[1]
         placed.append(unit)
     return offsets
+
+
+def _by_size(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda unit: (-sizes[unit], unit))
+
+
+def _tightest(sizes: Sequence[int], windows: Sequence[Sequence[Window]]) -> list[int]:
+    """The lowest packing of two orders: largest first, and first used first, which is best among equal sizes."""
+    by_start = sorted(range(len(sizes)), key=lambda unit: min((w.start for w in windows[unit]), default=0))
+    packings = []
+    for order in (_by_size(sizes), by_start):
+        packed = _first_fit(sizes, windows, sum(sizes), order, spread=False)
+        assert packed is not None, "an arena that holds all units side by side packs"
+        packings.append(packed)
+    return min(packings, key=lambda packed: _peak(packed, sizes))
+
+
+def _peak(offsets: Sequence[int], sizes: Sequence[int]) -> int:
+    return max((offset + size for offset, size in zip(offsets, sizes)), default=0)
 
 
 def _peak_live(sizes: Sequence[int], windows: Sequence[Sequence[Window]]) -> int:
@@ -124,15 +149,15 @@ def place_units(
             position += size
         return ArenaPlacement(tuple(offsets), position, bound, max_lead)
     for lead in range(max_lead, -1, -1):
-        packed = _first_fit(sizes, [_lead(unit_windows, lead) for unit_windows in windows], frames)
+        ahead = [_lead(unit_windows, lead) for unit_windows in windows]
+        packed = _first_fit(sizes, ahead, frames, _by_size(sizes), spread=True)
         if packed is not None:
-            peak = max(offset + size for offset, size in zip(packed, sizes))
-            return ArenaPlacement(tuple(packed), peak, bound, lead)
-    return None
+            return ArenaPlacement(tuple(packed), _peak(packed, sizes), bound, lead)
+    tightest = _tightest(sizes, windows)
+    peak = _peak(tightest, sizes)
+    return ArenaPlacement(tuple(tightest), peak, bound, 0) if peak <= frames else None
 
 
 def needed_frames(sizes: Sequence[int], windows: Sequence[Sequence[Window]]) -> int:
-    """Frames with which use on demand packs: what a refusal asks for."""
-    packed = _first_fit(sizes, windows, sum(sizes))
-    assert packed is not None, "an arena that holds all units side by side packs"
-    return max(offset + size for offset, size in zip(packed, sizes))
+    """Frames with which, and with any more, use on demand packs: what a refusal asks for."""
+    return _peak(_tightest(sizes, windows), sizes)

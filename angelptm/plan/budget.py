@@ -193,74 +193,102 @@ class _Split:
     def home_frames(self) -> int:
         return self.param + self.grad + self.states
 
+    @property
+    def needed_frames(self) -> int:
+        return self.home_frames + self.ring_frames + self.staging
 
-def _wanted(budgets: Budgets, demand: _Demand, param_on_device: bool, room: int) -> tuple[int, int, int]:
-    """Host pages of each kind when ``room`` frames are to spare for those placed automatically."""
-    params = 0 if param_on_device else demand.param_pages
-    fixed_states = {"host": demand.state_pages, "ssd": 0}.get(str(budgets.states))
+
+@dataclass(frozen=True)
+class _Wishes:
+    """Host pages that are fixed by placement.*, None where the plan decides; and the pages that there are."""
+
+    fixed: tuple[int | None, int | None, int | None]  # param, grad, states
+    total: tuple[int, int, int]
+
+    @property
+    def fixed_sum(self) -> int:
+        return sum(pages or 0 for pages in self.fixed)
+
+    def with_room(self, room: int) -> tuple[int, int, int]:
+        """Host pages of each kind when ``room`` frames are to spare for the kinds that the plan places."""
+        chosen = []
+        for fixed, total in zip(self.fixed, self.total):
+            pages = min(total, room) if fixed is None else fixed
+            room -= pages if fixed is None else 0
+            chosen.append(pages)
+        return chosen[0], chosen[1], chosen[2]
+
+
+def _wishes(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Wishes:
+    total = (0 if param_on_device else demand.param_pages, demand.grad_pages, demand.state_pages)
+    fixed: list[int | None] = [
+        {"host": pages, "ssd": 0, "device": 0}.get(str(placement))
+        for placement, pages in zip((budgets.param, budgets.grad, budgets.states), total)
+    ]
     if isinstance(budgets.states, float):
-        fixed_states = math.floor(demand.state_pages * budgets.states)
-    fixed_param = {"host": params, "ssd": 0, "device": 0}.get(budgets.param)
-    fixed_grad = {"host": demand.grad_pages, "ssd": 0}.get(budgets.grad)
-    room -= sum(fixed or 0 for fixed in (fixed_param, fixed_grad, fixed_states))
-    chosen = []
-    for fixed, total in ((fixed_param, params), (fixed_grad, demand.grad_pages), (fixed_states, demand.state_pages)):
-        pages = fixed if fixed is not None else max(0, min(total, room))
-        if fixed is None:
-            room -= pages
-        chosen.append(pages)
-    return chosen[0], chosen[1], chosen[2]
+        fixed[2] = math.floor(demand.state_pages * budgets.states)
+    return _Wishes((fixed[0], fixed[1], fixed[2]), total)
 
 
 def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Split:
+    """Homes and ring. What fits stays in memory, if need be with a narrow ring; else homes and moving pages share.
+
+    More host frames never mean fewer homes: pages on the move get half of what is not fixed, at least what one span in
+    flight needs, at most what the full ring needs, and so homes get what grows with the pool.
+    """
     frames = budgets.host_bytes // budgets.page_bytes
-    publish = 0 if param_on_device else 1
+    wishes = _wishes(budgets, demand, param_on_device)
     threads = budgets.update_threads or max(1, min(2, budgets.cores))
     depth = budgets.ring_depth or _AUTO_RING_DEPTH
-    params = 0 if param_on_device else demand.param_pages
+    least_threads, least_depth = budgets.update_threads or 1, budgets.ring_depth or 1
 
-    def split(param: int, grad: int, states: int, threads: int, depth: int) -> _Split:
+    def split(homes: tuple[int, int, int], ring_room: int) -> _Split:
+        """With the widest ring that ``ring_room`` frames hold, less what is kept for staging."""
+        on_ssd = [pages < total for pages, total in zip(homes, wishes.total)]
         # A span that straddles the border of its kind counts as one on the SSD.
-        slot = publish
-        slot += demand.span_state_pages if states < demand.state_pages else 0
-        slot += demand.span_grad_pages if grad < demand.grad_pages else 0
-        on_ssd = param < params or grad < demand.grad_pages or states < demand.state_pages
-        return _Split(param, grad, states, threads, depth, slot, _MIN_STAGING if on_ssd or params else 0)
+        slot = (0 if param_on_device else 1) + (demand.span_grad_pages if on_ssd[1] else 0)
+        slot += demand.span_state_pages if on_ssd[2] else 0
+        staging = _MIN_STAGING if any(on_ssd) or wishes.total[0] else 0
+        n, d = threads, depth
+        while d > least_depth and n * d * slot + staging > ring_room:
+            d -= 1
+        while n > least_threads and n * d * slot + staging > ring_room:
+            n -= 1
+        return _Split(*homes, n, d, slot, staging)
 
-    everything = split(*_wanted(budgets, demand, param_on_device, 2**62), threads, depth)
-    if everything.home_frames + everything.ring_frames + everything.staging <= frames:
+    in_memory = wishes.with_room(sum(wishes.total))
+    everything = split(in_memory, frames - sum(in_memory))
+    if everything.needed_frames <= frames:
         return everything
+    least = split(wishes.with_room(0), 0)
+    if budgets.ssd and least.needed_frames <= frames:
+        slot = (0 if param_on_device else 1) + demand.span_state_pages + demand.span_grad_pages
+        full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth)
+        shared = frames - wishes.fixed_sum
+        moving = max(least.needed_frames - wishes.fixed_sum, min(full, shared // 2))
+        return split(wishes.with_room(shared - moving), moving)
+    needed = min(everything, least, key=lambda one: one.needed_frames) if budgets.ssd else everything
+    raise _host_error(budgets, needed, frames)
 
-    # Something must go to the SSD. The ring may take half of the pool; then it gets shallower, then narrower.
-    slot = publish + demand.span_state_pages + demand.span_grad_pages
-    while threads * depth * slot > frames // 2 and depth > 1 and budgets.ring_depth is None:
-        depth -= 1
-    while threads * depth * slot > frames // 2 and threads > 1 and budgets.update_threads is None:
-        threads -= 1
-    staging = min(budgets.queue_depth, max(_MIN_STAGING, frames // 8))
-    room = frames - threads * depth * slot - staging
-    chosen = split(*_wanted(budgets, demand, param_on_device, max(0, room)), threads, depth)
-    needed = chosen.home_frames + chosen.ring_frames + chosen.staging
-    if needed > frames or not budgets.ssd:
-        short = needed if needed > frames else everything.home_frames + everything.ring_frames + everything.staging
-        forced = [f"placement.{name}" for name in ("param", "grad", "states") if getattr(budgets, name) == "host"]
-        remedy = f"Raise tiers.host to {_mib(short * budgets.page_bytes)}"
-        if not budgets.ssd:
-            remedy += ", or add tiers.ssd: [{path: FOLDER}] to keep what does not fit on the SSD"
-        elif forced:
-            remedy += f", or set {' and '.join(forced)} to auto or ssd"
-        else:
-            remedy += f", or lower page_size (now {format_bytes(budgets.page_bytes)})"
-        raise CapacityError(
-            "host",
-            short * budgets.page_bytes,
-            frames * budgets.page_bytes,
-            f"pages that live there ({format_bytes((short - chosen.ring_frames - chosen.staging) * budgets.page_bytes)})"
-            f" and frames for pages on the move "
-            f"({format_bytes((chosen.ring_frames + chosen.staging) * budgets.page_bytes)})",
-            remedy + ".",
-        )
-    return chosen
+
+def _host_error(budgets: Budgets, split: _Split, frames: int) -> CapacityError:
+    page = budgets.page_bytes
+    forced = [f"placement.{name}" for name in ("param", "grad", "states") if getattr(budgets, name) == "host"]
+    remedy = f"Raise tiers.host to {_mib(split.needed_frames * page)}"
+    if not budgets.ssd:
+        remedy += ", or add tiers.ssd: [{path: FOLDER}] to keep what does not fit on the SSD"
+    elif forced:
+        remedy += f", or set {' and '.join(forced)} to auto or ssd"
+    else:
+        remedy += f", or lower page_size (now {format_bytes(page)})"
+    return CapacityError(
+        "host",
+        split.needed_frames * page,
+        frames * page,
+        f"pages that live there ({format_bytes(split.home_frames * page)}) and frames for pages on the move "
+        f"({format_bytes((split.ring_frames + split.staging) * page)})",
+        remedy + ".",
+    )
 
 
 def _spread_slots(budgets: Budgets, slots: int) -> tuple[tuple[str, int, float], ...]:
@@ -271,7 +299,7 @@ def _spread_slots(budgets: Budgets, slots: int) -> tuple[tuple[str, int, float],
     room = [
         (folder.size_bytes if folder.size_bytes is not None else folder.free_bytes) // page for folder in budgets.ssd
     ]
-    for folder, pages in zip(budgets.ssd, room):
+    for folder in budgets.ssd:
         if folder.size_bytes is not None and folder.size_bytes > folder.free_bytes:
             raise CapacityError(
                 "ssd",
@@ -281,18 +309,16 @@ def _spread_slots(budgets: Budgets, slots: int) -> tuple[tuple[str, int, float],
                 "Free disk space, or lower tiers.ssd[].size.",
             )
     if sum(room) < slots:
-        sized = all(folder.size_bytes is not None for folder in budgets.ssd)
-        raise CapacityError(
-            "ssd",
-            slots * page,
-            sum(room) * page,
-            f"what lives on the SSD, in {', '.join(folder.path for folder in budgets.ssd)},",
-            f"Raise tiers.ssd[].size to {_mib(slots * page)} in sum."
-            if sized
-            else "Free disk space, add a folder to tiers.ssd, or raise tiers.host to keep more in memory.",
-        )
+        if not budgets.ssd:
+            remedy = "Add tiers.ssd: [{path: FOLDER}], or set what is ssd in placement to auto or host."
+        elif all(folder.size_bytes is not None for folder in budgets.ssd):
+            remedy = f"Raise tiers.ssd[].size to {_mib(slots * page)} in sum."
+        else:
+            remedy = "Free disk space, add a folder to tiers.ssd, or raise tiers.host to keep more in memory."
+        folders = ", in " + ", ".join(folder.path for folder in budgets.ssd) + "," if budgets.ssd else ""
+        raise CapacityError("ssd", slots * page, sum(room) * page, f"what lives on the SSD{folders}", remedy)
     total = sum(folder.weight for folder in budgets.ssd)
-    counts = [min(pages, math.ceil(slots * folder.weight / total)) for folder, pages in zip(budgets.ssd, room)]
+    counts = [min(pages, math.floor(slots * folder.weight / total)) for folder, pages in zip(budgets.ssd, room)]
     for index, pages in enumerate(room):
         counts[index] += min(pages - counts[index], max(0, slots - sum(counts)))
     return tuple((folder.path, count, folder.weight) for folder, count in zip(budgets.ssd, counts) if count)
@@ -346,10 +372,9 @@ def make_plan(
         frozen_homes = tuple("device" if param_on_device else params.home() for _ in range(frozen))
         units.append(UnitPlan(layout, arena.offsets[index], sizes[index], tuple(spans), frozen_homes))
 
-    kind_bytes = _kind_bytes(units, page_bytes, moment_count, grad_itemsize)
+    kind_bytes = _kind_bytes(units, page_bytes, moment_count)
     live = sum(tiers["ssd"] for tiers in kind_bytes.values()) // page_bytes
-    # Nothing is overwritten in place, so every write in flight needs a slot of its own.
-    slots = live + split.threads * split.depth * max(split.slot_frames, 1) + budgets.queue_depth + 1 if live else 0
+    slots = live + _slots_in_flight(budgets, demand) if live else 0
     home_frames = sum(tiers["host"] for tiers in kind_bytes.values()) // page_bytes
     host_frames = budgets.host_bytes // page_bytes
     plan = Plan(
@@ -377,9 +402,15 @@ def make_plan(
     return plan
 
 
-def _kind_bytes(
-    units: Sequence[UnitPlan], page_bytes: int, moment_count: int, grad_itemsize: int
-) -> dict[str, dict[str, int]]:
+def _slots_in_flight(budgets: Budgets, demand: _Demand) -> int:
+    """Nothing is overwritten in place, so every write in flight needs a slot of its own: those of the full ring, and
+    those of the pages written behind. The same for every host budget, so that a larger one never needs more disk."""
+    threads = budgets.update_threads or max(1, min(2, budgets.cores))
+    depth = budgets.ring_depth or _AUTO_RING_DEPTH
+    return threads * depth * (1 + demand.span_state_pages + demand.span_grad_pages) + budgets.queue_depth + 1
+
+
+def _kind_bytes(units: Sequence[UnitPlan], page_bytes: int, moment_count: int) -> dict[str, dict[str, int]]:
     kinds = ["PARAM", "GRAD", "MASTER", "EXP_AVG", "EXP_AVG_SQ"][: 3 + moment_count]
     pages = {kind: {"device": 0, "host": 0, "ssd": 0} for kind in kinds}
     for unit in units:

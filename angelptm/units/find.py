@@ -10,7 +10,10 @@ from torch import nn
 from angelptm.errors import ConfigError
 
 # Modules that read their children's parameters without calling the children, so that a hook on the child never fires.
-_INDIVISIBLE = (nn.MultiheadAttention, nn.RNNBase)
+# The encoder layer's fast path in inference is such a reader.
+_INDIVISIBLE = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer)
+# Modules that only hold parameters: never called, so their parameters belong to the module around them.
+_HOLDERS = (nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass
@@ -26,7 +29,8 @@ class Site:
     """A module at which units are fetched: its hooks fire around its forward.
 
     ``units`` are the indices of the units that must be on the device then, its own and those of tied parameters.
-    ``depth`` is the number of sites around it: a site's units stay while the sites inside it compute.
+    ``depth`` is the number of sites around it: a site's units stay while the sites inside it compute. A module that is
+    registered under several names is a site under each of them.
     """
 
     module_name: str
@@ -56,21 +60,21 @@ def _is_block_list(module: nn.Module) -> bool:
 def _find_blocks(model: nn.Module, classes: Collection[str]) -> set[str]:
     """Names of the outermost modules that are a unit as a whole."""
     blocks: set[str] = set()
+    chosen = False
 
-    def visit(module: nn.Module, name: str) -> None:
+    def visit(module: nn.Module, name: str, in_list: bool) -> None:
+        nonlocal chosen
+        named = type(module).__name__ in classes
+        chosen = chosen or named
+        if named or in_list or isinstance(module, _INDIVISIBLE):
+            blocks.add(name)
+            return
         for child_name, child in module.named_children():
             full = f"{name}.{child_name}" if name else child_name
-            if classes:
-                whole = type(child).__name__ in classes
-            else:
-                whole = _is_block_list(module) or isinstance(child, _INDIVISIBLE)
-            if whole:
-                blocks.add(full)
-            else:
-                visit(child, full)
+            visit(child, full, not classes and _is_block_list(module))
 
-    visit(model, "")
-    if classes and not blocks:
+    visit(model, "", False)
+    if classes and not chosen:
         found = sorted({type(module).__name__ for module in model.modules()})
         raise ConfigError(
             "units.classes", list(classes), "class names of modules in this model", f"It has: {', '.join(found)}."
@@ -78,13 +82,23 @@ def _find_blocks(model: nn.Module, classes: Collection[str]) -> set[str]:
     return blocks
 
 
+def _holders_in(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """Lists and dicts of parameters directly in a module, and in each other."""
+    found: list[tuple[str, nn.Module]] = []
+    for child_name, child in module.named_children():
+        if isinstance(child, _HOLDERS):
+            found += child.named_modules(prefix=f"{name}.{child_name}" if name else child_name)
+    return found
+
+
 def find_structure(model: nn.Module, classes: Collection[str] = ()) -> Structure:
     """The units and sites of ``model``.
 
     Without ``classes``, each child of a ModuleList or Sequential of equal children is a unit (the outermost such list
-    counts), and every other module that owns parameters directly is one. With ``classes``, each outermost module of
-    such a class is a unit instead. A tied parameter belongs to the unit of its first owner. Raises ConfigError when no
-    module has one of ``classes``, or the model has no parameters.
+    counts), and every other module that owns parameters directly is one, with those of its ParameterLists. With
+    ``classes``, each outermost module of such a class is a unit instead. Either way a module that reads its children's
+    parameters itself is not divided. A tied parameter belongs to the unit of its first owner. Raises ConfigError when
+    no module has one of ``classes``, or the model has no parameters.
     """
     blocks = _find_blocks(model, classes)
     units: list[FoundUnit] = []
@@ -108,7 +122,7 @@ def find_structure(model: nn.Module, classes: Collection[str] = ()) -> Structure
 
     def visit(module: nn.Module, name: str, depth: int) -> None:
         whole = name in blocks
-        members = list(module.named_modules(prefix=name)) if whole else [(name, module)]
+        members = list(module.named_modules(prefix=name)) if whole else [(name, module), *_holders_in(module, name)]
         unit = FoundUnit(name or type(module).__name__)
         used: list[int] = []
         for member_name, member in members:
@@ -119,7 +133,8 @@ def find_structure(model: nn.Module, classes: Collection[str] = ()) -> Structure
             sites.append(Site(name, tuple(dict.fromkeys(used)), depth))
         if not whole:
             for child_name, child in module.named_children():
-                visit(child, f"{name}.{child_name}" if name else child_name, depth + bool(used))
+                if not isinstance(child, _HOLDERS):
+                    visit(child, f"{name}.{child_name}" if name else child_name, depth + bool(used))
 
     visit(model, "", 0)
     if not units:

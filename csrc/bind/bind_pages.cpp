@@ -40,8 +40,10 @@ void bind_store(py::module_& module) {
            py::arg("backend") = io::Backend::kAuto, py::arg("queue_depth") = 16, py::arg("direct") = true,
            py::arg("deadline_seconds") = 120.0, py::arg("faults") = std::nullopt,
            py::call_guard<py::gil_scoped_release>())
-      .def("add_page", [](Store& store, Home home, std::uint32_t used_bytes) { return store.table().add(home, used_bytes); },
-           py::arg("home"), py::arg("used_bytes"))
+      .def(
+          "add_page",
+          [](Store& store, Home home, std::uint32_t used_bytes) { return store.table().add(home, used_bytes); },
+          py::arg("home"), py::arg("used_bytes"))
       .def("page_version", [](Store& store, PageId page) { return store.table().info(page).version; })
       .def("page_home", [](Store& store, PageId page) { return store.table().info(page).home; })
       .def("home_address",
@@ -51,7 +53,9 @@ void bind_store(py::module_& module) {
              return integer(store.host().address(info.frame));
            })
       .def("publish_in_place", [](Store& store, PageId page) { store.table().publish_in_place(page); })
-      .def("discard", [](Store& store, PageId page) { store.table().discard(page); })
+      .def(
+          "discard", [](Store& store, PageId page) { store.mover().discard(page); },
+          py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("page_bytes", [](Store& store) { return store.host().page_bytes(); })
       .def_property_readonly("page_count", [](Store& store) { return store.table().page_count(); })
       .def_property_readonly("host_frame_count", [](Store& store) { return store.host().frame_count(); })
@@ -61,8 +65,9 @@ void bind_store(py::module_& module) {
       .def_property_readonly("slot_used_count", [](Store& store) { return store.slots().used_count(); })
       .def_property_readonly("slot_peak_count", [](Store& store) { return store.slots().peak_count(); })
       .def_property_readonly("notes", [](Store& store) { return store.notes(); })
-      .def_property_readonly("mover", [](Store& store) -> PageMover& { return store.mover(); },
-                             py::return_value_policy::reference_internal);
+      .def_property_readonly(
+          "mover", [](Store& store) -> PageMover& { return store.mover(); },
+          py::return_value_policy::reference_internal);
 }
 
 void bind_mover(py::module_& module) {
@@ -79,7 +84,7 @@ void bind_mover(py::module_& module) {
              if (!page) return std::nullopt;
              return std::make_tuple(page->index, integer(page->address), page->bytes);
            })
-      .def("take_loaded", &PageMover::take_loaded)
+      .def("take_loaded", &PageMover::take_loaded, Release())
       .def("end_load", &PageMover::end_load, Release())
       .def("staging_frame", &PageMover::staging_frame, Release())
       .def("try_staging_frame", &PageMover::try_staging_frame, Release())
@@ -87,9 +92,12 @@ void bind_mover(py::module_& module) {
       .def("write_behind", &PageMover::write_behind, py::arg("page"), py::arg("frame"), Release())
       .def("drain", &PageMover::drain, Release())
       .def("address", [](PageMover& mover, Frame frame) { return integer(mover.address(frame)); })
-      .def_property_readonly("wait_seconds", &PageMover::wait_seconds)
-      .def_property_readonly("read_bytes", [](PageMover& mover) { return mover.counters().read_bytes; })
-      .def_property_readonly("written_bytes", [](PageMover& mover) { return mover.counters().written_bytes; });
+      .def_property_readonly("wait_seconds", py::cpp_function(&PageMover::wait_seconds, Release()))
+      .def_property_readonly("read_bytes",
+                             py::cpp_function([](PageMover& mover) { return mover.counters().read_bytes; }, Release()))
+      .def_property_readonly(
+          "written_bytes",
+          py::cpp_function([](PageMover& mover) { return mover.counters().written_bytes; }, Release()));
 }
 
 }  // namespace
@@ -116,7 +124,8 @@ void bind_pages(py::module_& module) {
       },
       py::arg("at_least_bytes"));
   module.def(
-      "fill_zero", [](std::uint64_t address, std::uint64_t bytes) { std::memset(reinterpret_cast<void*>(address), 0, bytes); },
+      "fill_zero",
+      [](std::uint64_t address, std::uint64_t bytes) { std::memset(reinterpret_cast<void*>(address), 0, bytes); },
       py::arg("address"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>());
 }
 

@@ -34,6 +34,8 @@ void bind_updater(py::module_& module) {
   py::class_<Updater>(module, "Updater")
       .def(py::init([](pages::Store& store, std::size_t threads, std::vector<Span> spans, std::size_t ring_depth,
                        kernels::Rule rule, DType grad_dtype, DType param_dtype) {
+             constexpr std::size_t kMostThreads = 256;
+             if (threads > kMostThreads) throw std::invalid_argument("an updater has at most 256 threads");
              std::vector<std::unique_ptr<io::Engine>> engines;
              for (std::size_t i = 0; i < threads; ++i) engines.push_back(store.make_engine());
              return std::make_unique<Updater>(
@@ -47,8 +49,8 @@ void bind_updater(py::module_& module) {
       .def(
           "submit",
           [](Updater& updater, std::string what,
-             const std::vector<std::pair<std::uint32_t, std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint32_t>>>>&
-                 work,
+             const std::vector<
+                 std::pair<std::uint32_t, std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint32_t>>>>& work,
              std::vector<kernels::Hyper> hypers) {
             std::vector<Work> items;
             for (const auto& [span, segments] : work) {

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <new>
 #include <stdexcept>
 
@@ -11,10 +12,12 @@ namespace angelptm::pages {
 HostPool::HostPool(std::uint64_t page_bytes, std::uint32_t frame_count)
     : page_bytes_(page_bytes), frame_count_(frame_count), taken_(frame_count, false) {
   if (frame_count == 0) return;
+  if (page_bytes > SIZE_MAX / frame_count) throw std::bad_alloc();
   void* mapping = mmap(nullptr, page_bytes * frame_count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
   base_ = static_cast<std::byte*>(mapping);
-  // Large pages spare the TLB in the update kernels; where the host has none the advice is void, so its result is not read.
+  // Large pages spare the TLB in the update kernels; where the host has none the advice is void, so its result is not
+  // read.
   (void)madvise(mapping, page_bytes * frame_count, MADV_HUGEPAGE);
   free_.reserve(frame_count);
   for (Frame frame = frame_count; frame-- > 0;) free_.push_back(frame);

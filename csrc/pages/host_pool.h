@@ -36,8 +36,8 @@ class HostPool {
   std::uint32_t frame_count_;
   std::byte* base_ = nullptr;
   mutable std::mutex mutex_;
-  std::vector<Frame> free_;        // last in, first out: a warm frame is used again first
-  std::vector<bool> taken_;        // catches a double release
+  std::vector<Frame> free_;  // last in, first out: a warm frame is used again first
+  std::vector<bool> taken_;  // catches a double release
   std::uint32_t peak_count_ = 0;
 };
 

@@ -1,18 +1,13 @@
 #include "pages/page_mover.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
 
+#include "pages/deadline.h"
+
 namespace angelptm::pages {
-
-namespace {
-
-io::Clock::time_point after(double seconds) {
-  return io::Clock::now() + std::chrono::duration_cast<io::Clock::duration>(std::chrono::duration<double>(seconds));
-}
-
-}  // namespace
 
 PageMover::PageMover(PageTable& table, std::unique_ptr<io::Engine> engine, double deadline_seconds)
     : table_(table), engine_(std::move(engine)), deadline_seconds_(deadline_seconds) {}
@@ -25,63 +20,114 @@ io::Counters PageMover::counters() const {
   return engine_->counters();
 }
 
-void PageMover::reap(std::size_t at_least) {
+double PageMover::wait_seconds() const {
+  std::lock_guard lock(mutex_);
+  return wait_seconds_;
+}
+
+void PageMover::reap_one() {
   const auto start = io::Clock::now();
   std::vector<io::Outcome> outcomes;
-  engine_->reap(outcomes, at_least, after(deadline_seconds_));
+  std::exception_ptr stuck;
+  try {
+    engine_->reap(outcomes, 1, deadline_after(deadline_seconds_));
+  } catch (...) {
+    stuck = std::current_exception();
+  }
   wait_seconds_ += std::chrono::duration<double>(io::Clock::now() - start).count();
-  for (const io::Outcome& outcome : outcomes) {
-    if (outcome.error && !error_) error_ = outcome.error;
-    if (const auto found = writes_.find(outcome.tag); found != writes_.end()) {
-      const Write write = found->second;
-      writes_.erase(found);
-      if (outcome.error) {
-        table_.cancel_slot(write.slot);
-      } else {
-        table_.publish_slot(write.page, write.slot);
-      }
-      if (const auto latest = writing_.find(write.page); latest != writing_.end() && latest->second == outcome.tag)
-        writing_.erase(latest);
-      table_.host().release(write.frame);
-    } else if (const auto read = reads_.find(outcome.tag); read != reads_.end()) {
-      const Read entry = read->second;
-      reads_.erase(read);
-      ready_.push_back({entry.index, address(entry.frame), entry.bytes});
-      ready_frames_.push_back(entry.frame);
+  for (const io::Outcome& outcome : outcomes) settle(outcome);
+  if (stuck) std::rethrow_exception(stuck);
+}
+
+void PageMover::settle(const io::Outcome& outcome) {
+  if (const auto found = writes_.find(outcome.tag); found != writes_.end()) {
+    const Write write = found->second;
+    writes_.erase(found);
+    writing_.erase(write.page);
+    if (outcome.error) {
+      if (!write_error_) write_error_ = outcome.error;
+      table_.cancel_slot(write.slot);
+    } else {
+      table_.publish_slot(write.page, write.slot);
+    }
+    table_.host().release(write.frame);
+  } else if (const auto found = reads_.find(outcome.tag); found != reads_.end()) {
+    const Read read = found->second;
+    reads_.erase(found);
+    if (outcome.error) {
+      if (!read_error_) read_error_ = outcome.error;
+      table_.host().release(read.frame);
+    } else {
+      ready_.push_back({read.index, read.frame, read.bytes});
     }
   }
+}
+
+void PageMover::throw_write_error() {
+  if (!write_error_) return;
+  write_error_told_ = true;
+  throw io::IoError(*write_error_);
+}
+
+void PageMover::wait_until_quiet(PageId page) {
+  const auto reading = [&] {
+    return std::any_of(reads_.begin(), reads_.end(),
+                       [&](const auto& read) { return load_[read.second.index] == page; });
+  };
+  while (writing_.contains(page) || reading()) reap_one();
 }
 
 std::optional<Frame> PageMover::frame_now() {
   while (true) {
     if (const auto frame = table_.host().allocate()) return frame;
     if (writes_.empty()) return std::nullopt;
-    reap(1);
+    reap_one();
   }
 }
 
 void PageMover::pump_reads() {
   std::vector<io::Transfer> transfers;
+  const auto drop = [&] {  // The engine has none of them: their frames are ours still.
+    for (const io::Transfer& transfer : transfers) {
+      const auto read = reads_.find(transfer.tag);
+      table_.host().release(read->second.frame);
+      reads_.erase(read);
+    }
+  };
+  try {
+    collect_reads(transfers);
+  } catch (...) {
+    drop();
+    throw;
+  }
+  if (transfers.empty()) return;
+  try {
+    engine_->submit(transfers);
+  } catch (const std::invalid_argument&) {
+    drop();
+    throw;
+  }
+}
+
+void PageMover::collect_reads(std::vector<io::Transfer>& transfers) {
   while (load_next_ < load_.size()) {
     const PageId page = load_[load_next_];
-    while (writing_.contains(page)) reap(1);
+    while (writing_.contains(page)) reap_one();
     const PageInfo info = table_.info(page);
     if (info.home == Home::kHost) {
-      ready_.push_back({load_next_++, table_.host().address(info.frame), info.used_bytes});
-      ready_frames_.push_back(kNoFrame);
+      ready_.push_back({load_next_++, kNoFrame, info.used_bytes});
       continue;
     }
     auto frame = table_.host().allocate();
-    if (!frame && reads_.empty() && ready_.empty() && transfers.empty()) frame = frame_now();
+    if (!frame && reads_.empty() && ready_.empty()) frame = frame_now();
     if (!frame) {
-      if (reads_.empty() && ready_.empty() && transfers.empty())
+      if (reads_.empty() && ready_.empty())
         throw TierCapacityError("host tier: no staging frame is left to read a page from the SSD");
       break;  // The frames of pages handed out later will carry the rest.
     }
     if (!info.written) {
       std::memset(address(*frame), 0, info.used_bytes);
-      ready_.push_back({load_next_++, address(*frame), info.used_bytes});
-      ready_frames_.push_back(*frame);
+      ready_.push_back({load_next_++, *frame, info.used_bytes});
       continue;
     }
     const std::uint64_t tag = next_tag_++;
@@ -89,7 +135,6 @@ void PageMover::pump_reads() {
     transfers.push_back({tag, io::Op::kRead, static_cast<int>(info.slot.file), table_.ssd().offset(info.slot),
                          address(*frame), transfer_bytes(info.used_bytes)});
   }
-  if (!transfers.empty()) engine_->submit(transfers);
 }
 
 void PageMover::release_handed_out() {
@@ -103,43 +148,64 @@ void PageMover::begin_load(std::vector<PageId> pages) {
   release_handed_out();
   load_ = std::move(pages);
   load_next_ = load_handed_out_ = 0;
-  pump_reads();
+  or_abandon([this] { pump_reads(); });
 }
 
 std::optional<LoadedPage> PageMover::next_loaded() {
   std::lock_guard lock(mutex_);
   release_handed_out();
   if (load_handed_out_ == load_.size()) return std::nullopt;
-  pump_reads();
-  while (ready_.empty()) {
-    reap(1);
-    if (error_) throw io::IoError(*error_);
-  }
-  if (error_) throw io::IoError(*error_);
-  const LoadedPage page = ready_.front();
-  handed_out_ = ready_frames_.front();
+  or_abandon([this] {
+    pump_reads();
+    while (ready_.empty() && !read_error_) reap_one();
+    // Before a page that shows its former content is handed out, somebody must have been told that a write was lost.
+    if (!write_error_told_) throw_write_error();
+    if (read_error_) throw io::IoError(*read_error_);
+  });
+  const Ready page = ready_.front();
   ready_.pop_front();
-  ready_frames_.pop_front();
   ++load_handed_out_;
-  return page;
+  handed_out_ = page.frame;
+  // A host page is looked up now: its frame may have been exchanged since the load began.
+  const Frame frame = page.frame != kNoFrame ? page.frame : table_.info(load_[page.index]).frame;
+  return LoadedPage{page.index, address(frame), page.bytes};
+}
+
+template <typename Action>
+void PageMover::or_abandon(const Action& action) {
+  try {
+    action();
+  } catch (const io::IoError& error) {
+    // A device that does not answer would only be waited for once more: the frames stay with the kernel, the load open.
+    if (error.error != io::kDeadline) abandon_load();
+    throw;
+  } catch (...) {
+    abandon_load();
+    throw;
+  }
+}
+
+void PageMover::abandon_load() {
+  while (!reads_.empty()) reap_one();
+  release_handed_out();
+  for (const Ready& page : ready_)
+    if (page.frame != kNoFrame) table_.host().release(page.frame);
+  ready_.clear();
+  load_.clear();
+  load_next_ = load_handed_out_ = 0;
+  read_error_.reset();
 }
 
 Frame PageMover::take_loaded() {
   std::lock_guard lock(mutex_);
-  if (handed_out_ == kNoFrame) throw std::logic_error("PageMover: the page handed out last has no staging frame to take");
+  if (handed_out_ == kNoFrame)
+    throw std::logic_error("PageMover: the page handed out last has no staging frame to take");
   return std::exchange(handed_out_, kNoFrame);
 }
 
 void PageMover::end_load() {
   std::lock_guard lock(mutex_);
-  while (!reads_.empty()) reap(1);
-  release_handed_out();
-  for (const Frame frame : ready_frames_)
-    if (frame != kNoFrame) table_.host().release(frame);
-  ready_.clear();
-  ready_frames_.clear();
-  load_.clear();
-  load_next_ = load_handed_out_ = 0;
+  abandon_load();
 }
 
 std::optional<Frame> PageMover::try_staging_frame() {
@@ -156,28 +222,65 @@ void PageMover::release(Frame frame) { table_.host().release(frame); }
 
 void PageMover::write_behind(PageId page, Frame frame) {
   std::lock_guard lock(mutex_);
-  const PageInfo info = table_.info(page);
-  if (info.home == Home::kHost) {
-    table_.host().release(table_.publish_frame(page, frame));
-    return;
+  try {
+    const PageInfo info = table_.info(page);
+    if (info.home == Home::kHost) {
+      frame = table_.publish_frame(page, frame);
+      table_.host().release(frame);
+      return;
+    }
+    // Two writes of one page must be published in order, so the second waits for the first. A read of it must be over
+    // before publishing frees the slot that is read from.
+    wait_until_quiet(page);
+    throw_write_error();
+    submit_write(page, frame, info.used_bytes);
+  } catch (...) {
+    table_.host().release(frame);
+    throw;
   }
-  // Two writes of one page must be published in order, so the second waits for the first.
-  while (writing_.contains(page)) reap(1);
-  if (error_) throw io::IoError(*error_);
-  const Slot slot = table_.reserve_slot();
+  if (engine_->unfinished() >= engine_->queue().depth()) reap_one();
+}
+
+void PageMover::submit_write(PageId page, Frame frame, std::uint32_t used_bytes) {
+  // Each write that is published gives the page's former slot back.
+  auto slot = table_.ssd().allocate();
+  while (!slot && !writes_.empty()) {
+    reap_one();
+    slot = table_.ssd().allocate();
+  }
+  if (!slot) slot = table_.reserve_slot();
   const std::uint64_t tag = next_tag_++;
-  writes_.emplace(tag, Write{page, frame, slot});
-  writing_[page] = tag;
-  const io::Transfer transfer{tag, io::Op::kWrite, static_cast<int>(slot.file), table_.ssd().offset(slot), address(frame),
-                              transfer_bytes(info.used_bytes)};
-  engine_->submit({&transfer, 1});
-  if (engine_->unfinished() >= engine_->queue().depth()) reap(1);
+  const io::Transfer transfer{tag,
+                              io::Op::kWrite,
+                              static_cast<int>(slot->file),
+                              table_.ssd().offset(*slot),
+                              address(frame),
+                              transfer_bytes(used_bytes)};
+  writes_.emplace(tag, Write{page, frame, *slot});
+  writing_.insert(page);
+  try {
+    engine_->submit({&transfer, 1});
+  } catch (const std::invalid_argument&) {
+    writes_.erase(tag);
+    writing_.erase(page);
+    table_.cancel_slot(*slot);
+    throw;
+  } catch (const io::IoError& error) {
+    // The engine holds the transfer all the same, so frame and slot stay with it; the caller learns of the error now.
+    if (!write_error_) write_error_ = error;
+  }
+}
+
+void PageMover::discard(PageId page) {
+  std::lock_guard lock(mutex_);
+  wait_until_quiet(page);
+  table_.discard(page);
 }
 
 void PageMover::drain() {
   std::lock_guard lock(mutex_);
-  while (!writes_.empty()) reap(1);
-  if (error_) throw io::IoError(*error_);
+  while (!writes_.empty()) reap_one();
+  throw_write_error();
 }
 
 }  // namespace angelptm::pages

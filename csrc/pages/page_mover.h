@@ -8,6 +8,7 @@
 #include <mutex>
 #include <optional>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "io/engine.h"
@@ -29,23 +30,26 @@ class PageMover {
   PageMover(PageTable& table, std::unique_ptr<io::Engine> engine, double deadline_seconds);
   ~PageMover();  // waits (bounded) for the kernel to let go of the frames
 
-  // Reads. A load in progress must be finished (next_loaded returned empty) or ended before another begins.
+  // Reads. A load in progress must be finished (every page handed out) or ended before another begins. A call that
+  // throws has ended it, unless the device does not answer (IoError kDeadline).
   void begin_load(std::vector<PageId> pages);
   std::optional<LoadedPage> next_loaded();  // in the order of arrival; empty when all were handed out
-  Frame take_loaded();                       // the frame of the page handed out last is the caller's now (SSD pages only)
-  void end_load();                           // gives up what is left, after waiting for reads in flight
+  Frame take_loaded();  // the frame of the page handed out last is the caller's now (SSD pages only)
+  void end_load();      // gives up what is left, after waiting for reads in flight
 
   // Writes. The caller fills a staging frame and hands it over; the page shows the new content when its write is done,
-  // and until then a load of the page waits for it.
+  // and until then a load of the page waits for it. A page whose write failed keeps its former content; from then on
+  // write_behind and drain throw that error, loads only if nobody was told before.
   Frame staging_frame();                     // throws TierCapacityError when none is free and none is being written
   std::optional<Frame> try_staging_frame();  // empty instead of throwing
   void release(Frame frame);
-  void write_behind(PageId page, Frame frame);  // owns `frame` from here on
+  void write_behind(PageId page, Frame frame);  // owns `frame` from here on, also when it throws
+  void discard(PageId page);                    // PageTable::discard, after the page's reads and writes under way
   void drain();                                 // returns when every write behind is published; throws the first error
 
   std::byte* address(Frame frame) const { return table_.host().address(frame); }
   io::Counters counters() const;
-  double wait_seconds() const { return wait_seconds_; }
+  double wait_seconds() const;
 
  private:
   struct Write {
@@ -59,8 +63,22 @@ class PageMover {
     std::uint32_t bytes;
   };
 
-  void pump_reads();             // submits reads as far as frames allow
-  void reap(std::size_t at_least);
+  struct Ready {
+    std::size_t index;
+    Frame frame;  // kNoFrame for a page that is read in place in its home frame
+    std::uint32_t bytes;
+  };
+
+  void pump_reads();  // submits reads as far as frames allow
+  void collect_reads(std::vector<io::Transfer>& transfers);
+  void submit_write(PageId page, Frame frame, std::uint32_t used_bytes);
+  void reap_one();
+  void settle(const io::Outcome& outcome);
+  void wait_until_quiet(PageId page);  // no read or write of the page is under way
+  void throw_write_error();
+  template <typename Action>
+  void or_abandon(const Action& action);
+  void abandon_load();
   std::optional<Frame> frame_now();
   void release_handed_out();
 
@@ -71,14 +89,15 @@ class PageMover {
   std::uint64_t next_tag_ = 0;
   std::unordered_map<std::uint64_t, Write> writes_;
   std::unordered_map<std::uint64_t, Read> reads_;
-  std::unordered_map<PageId, std::uint64_t> writing_;  // page → tag of its latest write behind
+  std::unordered_set<PageId> writing_;  // pages of writes_: one write of a page at a time
   std::vector<PageId> load_;
   std::size_t load_next_ = 0;        // first page of load_ that was not requested yet
   std::size_t load_handed_out_ = 0;  // pages of load_ returned so far
-  std::deque<LoadedPage> ready_;
-  std::deque<Frame> ready_frames_;   // beside ready_; kNoFrame for a page read in place from its home frame
+  std::deque<Ready> ready_;
   Frame handed_out_ = kNoFrame;
-  std::optional<io::IoError> error_;
+  std::optional<io::IoError> read_error_;   // of the load in progress
+  std::optional<io::IoError> write_error_;  // the first one, for good
+  bool write_error_told_ = false;
   double wait_seconds_ = 0;
 };
 

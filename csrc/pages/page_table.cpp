@@ -1,13 +1,23 @@
 #include "pages/page_table.h"
 
-#include <cassert>
 #include <cstring>
 #include <stdexcept>
 
 namespace angelptm::pages {
 
+namespace {
+
+// Checked in every build: the wrong kind of publish would hand a slot or a frame to a page that does not own it.
+void expect_home(const PageInfo& page, Home home) {
+  if (page.home != home) throw std::logic_error("PageTable: the page does not live in the tier it is published to");
+}
+
+}  // namespace
+
 PageId PageTable::add(Home home, std::uint32_t used_bytes) {
-  assert(used_bytes > 0 && used_bytes <= host_.page_bytes());
+  if (used_bytes == 0 || used_bytes > host_.page_bytes())
+    throw std::invalid_argument("a page has from 1 to " + std::to_string(host_.page_bytes()) +
+                                " bytes of content, not " + std::to_string(used_bytes));
   PageInfo page{home, used_bytes, 0, false, kNoFrame, Slot{0, 0}};
   if (home == Home::kHost) {
     const auto frame = host_.allocate();
@@ -33,7 +43,7 @@ std::size_t PageTable::page_count() const {
 Frame PageTable::publish_frame(PageId page, Frame frame) {
   std::lock_guard lock(mutex_);
   PageInfo& entry = pages_.at(page);
-  assert(entry.home == Home::kHost);
+  expect_home(entry, Home::kHost);
   const Frame former = entry.frame;
   entry.frame = frame;
   entry.written = true;
@@ -44,7 +54,7 @@ Frame PageTable::publish_frame(PageId page, Frame frame) {
 void PageTable::publish_in_place(PageId page) {
   std::lock_guard lock(mutex_);
   PageInfo& entry = pages_.at(page);
-  assert(entry.home == Home::kHost);
+  expect_home(entry, Home::kHost);
   entry.written = true;
   ++entry.version;
 }
@@ -61,7 +71,7 @@ void PageTable::publish_slot(PageId page, Slot slot) {
   {
     std::lock_guard lock(mutex_);
     PageInfo& entry = pages_.at(page);
-    assert(entry.home == Home::kSsd);
+    expect_home(entry, Home::kSsd);
     former = entry.slot;
     had_former = entry.written;
     entry.slot = slot;

@@ -26,8 +26,8 @@ struct PageInfo {
   std::uint32_t used_bytes;  // content; the rest of the frame is padding and does not travel
   std::uint64_t version;     // publishes so far
   bool written;
-  Frame frame;               // Home::kHost
-  Slot slot;                 // Home::kSsd, valid when written
+  Frame frame;  // Home::kHost
+  Slot slot;    // Home::kSsd, valid when written
 };
 
 struct TierCapacityError : std::runtime_error {
@@ -44,7 +44,8 @@ class PageTable {
   PageInfo info(PageId page) const;
   std::size_t page_count() const;
 
-  // Host pages: exchanges the page's frame for `frame`, which holds the new content; returns the former frame, now the caller's.
+  // Host pages: exchanges the page's frame for `frame`, which holds the new content; returns the former frame, now the
+  // caller's.
   Frame publish_frame(PageId page, Frame frame);
   // Host pages written in place by their only writer: counts the version.
   void publish_in_place(PageId page);

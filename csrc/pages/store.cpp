@@ -1,10 +1,19 @@
 #include "pages/store.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace angelptm::pages {
 
 namespace {
+
+// Transfers are whole sectors of 4096 bytes, so a page that is not would run over its frame and its slot.
+std::uint64_t checked_page_bytes(std::uint64_t page_bytes) {
+  if (page_bytes == 0 || page_bytes % 4096 != 0 || page_bytes > (std::uint64_t{1} << 30))
+    throw std::invalid_argument("page_bytes must be a multiple of 4096 and at most 1 GiB, not " +
+                                std::to_string(page_bytes));
+  return page_bytes;
+}
 
 std::vector<SlotFile> open_files(std::uint64_t page_bytes, const std::vector<StoreFile>& files, bool direct,
                                  std::vector<std::string>& notes) {
@@ -20,9 +29,10 @@ std::vector<SlotFile> open_files(std::uint64_t page_bytes, const std::vector<Sto
 
 }  // namespace
 
-Store::Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files, IoOptions options)
+Store::Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files,
+             IoOptions options)
     : options_(std::move(options)),
-      host_(page_bytes, host_frames),
+      host_(checked_page_bytes(page_bytes), host_frames),
       slots_(page_bytes, open_files(page_bytes, files, options_.direct, notes_)),
       table_(host_, slots_),
       mover_(std::make_unique<PageMover>(table_, make_engine(), options_.deadline_seconds)) {}

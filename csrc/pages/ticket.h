@@ -1,13 +1,16 @@
 // A handle on asynchronous work: a count of parts that remain, and the first error among them.
 #pragma once
 
-#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
+#include <utility>
+
+#include "pages/deadline.h"
 
 namespace angelptm {
 
@@ -35,8 +38,7 @@ class Ticket {
   // Returns when all parts are done; throws the first part's error, or DeadlineError.
   void wait(double deadline_seconds) {
     std::unique_lock lock(mutex_);
-    const auto limit = std::chrono::duration<double>(deadline_seconds);
-    if (!finished_.wait_for(lock, limit, [this] { return remaining_ == 0; }))
+    if (!finished_.wait_until(lock, deadline_after(deadline_seconds), [this] { return remaining_ == 0; }))
       throw DeadlineError("waited " + std::to_string(deadline_seconds) + " s for " + what_ + ": " +
                           std::to_string(remaining_) + " parts are not done");
     if (error_) std::rethrow_exception(error_);

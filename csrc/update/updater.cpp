@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <stdexcept>
 
+#include "pages/deadline.h"
 #include "pages/page_mover.h"
 
 namespace angelptm::update {
@@ -18,6 +20,50 @@ namespace {
 
 double seconds_since(io::Clock::time_point start) {
   return std::chrono::duration<double>(io::Clock::now() - start).count();
+}
+
+// Content of the pages `ids` of one kind for `elements` elements, or an error that names the kind.
+void expect_pages(const PageTable& table, const char* kind, const std::vector<PageId>& ids, std::uint64_t elements,
+                  std::uint64_t item_bytes) {
+  const std::uint64_t page_bytes = table.host().page_bytes();
+  const std::uint64_t bytes = elements * item_bytes;
+  if (ids.size() != (bytes + page_bytes - 1) / page_bytes)
+    throw std::invalid_argument("a span of " + std::to_string(elements) + " elements cannot have " +
+                                std::to_string(ids.size()) + " " + kind + " pages");
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    if (table.info(ids[i]).used_bytes < std::min(page_bytes, bytes - i * page_bytes))
+      throw std::invalid_argument(std::string("a ") + kind + " page is too short for its span");
+}
+
+// Workers index pages by element without looking back, so what does not fit is refused here.
+void expect_valid(const PageTable& table, const Span& span, const UpdaterOptions& options) {
+  const std::uint64_t page_bytes = table.host().page_bytes();
+  if (span.elements == 0 || span.elements > page_bytes / itemsize(options.param_dtype))
+    throw std::invalid_argument("a span has from 1 element to a PARAM page of them, not " +
+                                std::to_string(span.elements));
+  const int moments = kernels::moment_count(options.rule);
+  expect_pages(table, "MASTER", span.master, span.elements, sizeof(float));
+  expect_pages(table, "EXP_AVG", span.exp_avg, moments >= 1 ? span.elements : 0, sizeof(float));
+  expect_pages(table, "EXP_AVG_SQ", span.exp_avg_sq, moments >= 2 ? span.elements : 0, sizeof(float));
+  expect_pages(table, "GRAD", span.grad, span.elements, itemsize(options.grad_dtype));
+  if ((span.param != pages::kNoPage) == (span.device_param != nullptr))
+    throw std::invalid_argument("a span's parameters are on one page or at one device address");
+  if (span.param != pages::kNoPage)
+    expect_pages(table, "PARAM", {span.param}, span.elements, itemsize(options.param_dtype));
+}
+
+void expect_valid(const Work& work, const std::vector<Span>& spans, const std::vector<kernels::Hyper>& hypers) {
+  if (work.span >= spans.size()) throw std::invalid_argument("no span " + std::to_string(work.span));
+  const std::uint64_t elements = spans[work.span].elements;
+  std::uint64_t next = 0;
+  for (const Segment& segment : work.segments) {
+    if (segment.start < next || segment.start > elements || segment.count > elements - segment.start)
+      throw std::invalid_argument("segments ascend, do not overlap, and end within their span of " +
+                                  std::to_string(elements) + " elements");
+    if (segment.hyper >= hypers.size())
+      throw std::invalid_argument("no hyperparameters " + std::to_string(segment.hyper));
+    next = segment.start + segment.count;
+  }
 }
 
 // Elements that no segment updates keep their master, and so their parameter is that master, rounded again.
@@ -64,20 +110,27 @@ struct Updater::Flight {
 
 class Updater::Worker {
  public:
-  Worker(Updater& updater, std::unique_ptr<io::Engine> engine, std::size_t frames_per_slot)
-      : updater_(updater), table_(updater.table_), engine_(std::move(engine)), flights_(updater.options_.ring_depth) {
-    for (Flight& flight : flights_)
-      for (std::size_t i = 0; i < frames_per_slot; ++i) {
+  Worker(Updater& updater, std::unique_ptr<io::Engine> engine)
+      : updater_(updater), table_(updater.table_), engine_(std::move(engine)), flights_(updater.options_.ring_depth) {}
+
+  ~Worker() {
+    const bool quiet = active_ == 0;
+    engine_.reset();     // first: it waits until the kernel has let go of the frames
+    if (!quiet) return;  // It may not have let go: frames that it still writes to must not be used again.
+    for (const Flight& flight : flights_)
+      for (const Frame frame : flight.frames) table_.host().release(frame);
+  }
+
+  // Not in the constructor: what was taken before the pool ran out goes back in the destructor.
+  void take_frames(std::size_t per_slot) {
+    for (Flight& flight : flights_) {
+      flight.frames.reserve(per_slot);
+      while (flight.frames.size() < per_slot) {
         const auto frame = table_.host().allocate();
         if (!frame) throw pages::TierCapacityError("host tier: too few frames for the updater's ring");
         flight.frames.push_back(*frame);
       }
-  }
-
-  ~Worker() {
-    engine_.reset();  // first: it waits until the kernel has let go of the frames
-    for (const Flight& flight : flights_)
-      for (const Frame frame : flight.frames) table_.host().release(frame);
+    }
   }
 
   bool idle() const { return active_ == 0; }
@@ -85,6 +138,8 @@ class Updater::Worker {
   void start(Task task);
   bool compute_one();  // false when nothing is ready
   void wait_for_io();
+  void give_up(
+      const std::exception_ptr& error);  // the device does not answer: tells those who wait for what is in flight
 
  private:
   void add_pieces(Flight& flight, const std::vector<PageId>& ids, bool written_back);
@@ -99,8 +154,8 @@ class Updater::Worker {
   std::unique_ptr<io::Engine> engine_;
   std::vector<Flight> flights_;
   std::size_t active_ = 0;
-  Utilisation done_;            // since the last merge into the updater's totals
-  io::Counters merged_;         // engine counters at that merge
+  Utilisation done_;     // since the last merge into the updater's totals
+  io::Counters merged_;  // engine counters at that merge
 };
 
 void Updater::Worker::add_pieces(Flight& flight, const std::vector<PageId>& ids, bool written_back) {
@@ -170,7 +225,12 @@ void Updater::Worker::submit(Flight& flight, io::Op op) {
   flight.transfers_left = transfers.size();
   flight.stage = op == io::Op::kRead ? Flight::Stage::kReading : Flight::Stage::kWriting;
   if (!transfers.empty()) {
-    engine_->submit(transfers);
+    try {
+      engine_->submit(transfers);
+    } catch (const io::IoError&) {
+      // The engine holds the transfers all the same: the flight fails when the last of them comes back.
+      flight.error = std::current_exception();
+    }
   } else if (op == io::Op::kRead) {
     flight.stage = Flight::Stage::kReady;
   } else {
@@ -258,7 +318,7 @@ void Updater::Worker::publish(Flight& flight) {
 }
 
 void Updater::Worker::finish(Flight& flight) {
-  ++done_.spans;
+  if (!flight.error) ++done_.spans;
   {
     std::lock_guard lock(updater_.mutex_);
     Utilisation& totals = updater_.totals_;
@@ -277,6 +337,7 @@ void Updater::Worker::finish(Flight& flight) {
     merged_ = now;
     done_ = {};
     if (flight.error && !updater_.failed_) updater_.failed_ = flight.error;
+    updater_.open_[flight.task.work.span] = false;
   }
   const auto ticket = flight.task.batch->ticket;
   flight.task = {};
@@ -285,7 +346,8 @@ void Updater::Worker::finish(Flight& flight) {
   ticket->finish_part(flight.error);
 }
 
-// The span's pages keep their former content in the table: what was reserved for the new one is given back.
+// The span's SSD pages keep their former content in the table: what was reserved for the new one is given back. Its
+// host states are updated in place, and so may be one step ahead; nothing more is updated after an error.
 void Updater::Worker::fail(Flight& flight, std::exception_ptr error) {
   flight.error = error;
   for (Flight::Piece& piece : flight.pieces) {
@@ -298,15 +360,12 @@ void Updater::Worker::fail(Flight& flight, std::exception_ptr error) {
 void Updater::Worker::wait_for_io() {
   const auto start = io::Clock::now();
   std::vector<io::Outcome> outcomes;
-  const auto limit = std::chrono::duration_cast<io::Clock::duration>(
-      std::chrono::duration<double>(updater_.options_.deadline_seconds));
   // A ready span means there is something better to do than wait.
-  const bool compute_next = std::any_of(flights_.begin(), flights_.end(), [](const Flight& flight) {
-    return flight.stage == Flight::Stage::kReady;
-  });
+  const bool compute_next = std::any_of(flights_.begin(), flights_.end(),
+                                        [](const Flight& flight) { return flight.stage == Flight::Stage::kReady; });
   std::exception_ptr stuck;
   try {
-    engine_->reap(outcomes, compute_next ? 0 : 1, io::Clock::now() + limit);
+    engine_->reap(outcomes, compute_next ? 0 : 1, deadline_after(updater_.options_.deadline_seconds));
   } catch (const io::IoError&) {
     stuck = std::current_exception();
   }
@@ -326,21 +385,42 @@ void Updater::Worker::wait_for_io() {
   if (stuck) std::rethrow_exception(stuck);
 }
 
-Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engines, std::vector<Span> spans,
-                 const UpdaterOptions& options)
-    : table_(table), spans_(std::move(spans)), options_(options) {
-  const std::size_t frames = frames_per_slot(table, spans_);
-  for (auto& engine : engines) workers_.push_back(std::make_unique<Worker>(*this, std::move(engine), frames));
-  for (auto& worker : workers_) threads_.emplace_back([this, &worker] { run(*worker); });
+void Updater::Worker::give_up(const std::exception_ptr& error) {
+  for (const Flight& flight : flights_)
+    if (flight.stage != Flight::Stage::kIdle) flight.task.batch->ticket->finish_part(error);
 }
 
-Updater::~Updater() {
+Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engines, std::vector<Span> spans,
+                 const UpdaterOptions& options)
+    : table_(table), spans_(std::move(spans)), options_(options), open_(spans_.size(), false) {
+  if (engines.empty() || options_.ring_depth == 0 || options_.ring_depth > kMostRingDepth)
+    throw std::invalid_argument("an updater has 1 thread or more, and a ring of 1 to " +
+                                std::to_string(kMostRingDepth) + " spans for each");
+  for (const Span& span : spans_) expect_valid(table, span, options_);
+  const std::size_t frames = frames_per_slot(table, spans_);
+  for (auto& engine : engines) {
+    workers_.push_back(std::make_unique<Worker>(*this, std::move(engine)));
+    workers_.back()->take_frames(frames);
+  }
+  try {
+    for (auto& worker : workers_) threads_.emplace_back([this, &worker] { run(*worker); });
+  } catch (...) {
+    stop();  // a thread that is destroyed while it runs would end the process
+    throw;
+  }
+}
+
+void Updater::stop() {
   {
     std::lock_guard lock(mutex_);
     stopping_ = true;
   }
   arrived_.notify_all();
   for (std::thread& thread : threads_) thread.join();
+}
+
+Updater::~Updater() {
+  stop();
   // What was queued and never started must not leave its waiters behind.
   for (Task& task : queue_)
     task.batch->ticket->finish_part(std::make_exception_ptr(std::runtime_error("the updater was closed")));
@@ -358,10 +438,20 @@ std::size_t Updater::frames_per_slot(const PageTable& table, const std::vector<S
 }
 
 std::shared_ptr<Ticket> Updater::submit(std::string what, std::vector<Work> work, std::vector<kernels::Hyper> hypers) {
+  for (const Work& item : work) expect_valid(item, spans_, hypers);
+  for (const kernels::Hyper& hyper : hypers)
+    if (hyper.rule != options_.rule) throw std::invalid_argument("hyperparameters of another rule than the updater's");
   auto ticket = std::make_shared<Ticket>(std::move(what), work.size());
   auto batch = std::make_shared<Batch>(Batch{ticket, std::move(hypers)});
   {
     std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < work.size(); ++i) {
+      if (open_[work[i].span]) {
+        for (std::size_t k = 0; k < i; ++k) open_[work[k].span] = false;
+        throw std::logic_error("span " + std::to_string(work[i].span) + " is submitted before its last update is done");
+      }
+      open_[work[i].span] = true;
+    }
     for (Work& item : work) queue_.push_back({batch, std::move(item)});
   }
   arrived_.notify_all();
@@ -381,6 +471,7 @@ bool Updater::pop(Task& task, bool wait) {
     task = std::move(queue_.front());
     queue_.pop_front();
     if (!failed_) return true;
+    open_[task.work.span] = false;
     const std::exception_ptr error = failed_;
     const auto ticket = task.batch->ticket;
     lock.unlock();
@@ -405,7 +496,10 @@ void Updater::run(Worker& worker) {
       // with the kernel, so this thread may neither reuse nor release them.
       std::lock_guard lock(mutex_);
       if (!failed_) failed_ = std::current_exception();
-      if (stopping_) return;
+      if (stopping_) {
+        worker.give_up(failed_);
+        return;
+      }
     }
     worker.compute_one();
   }

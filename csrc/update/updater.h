@@ -3,7 +3,6 @@
 // on the next ones while the CPU computes this one.
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -63,12 +62,13 @@ struct UpdaterOptions {
 class Updater {
  public:
   // One thread for each engine. Takes its staging frames from the host pool here and keeps them: throws
-  // TierCapacityError when the pool has too few.
+  // TierCapacityError when the pool has too few, and std::invalid_argument for spans whose pages do not fit them.
   Updater(pages::PageTable& table, std::vector<std::unique_ptr<io::Engine>> engines, std::vector<Span> spans,
           const UpdaterOptions& options);
   ~Updater();  // stops after the spans in flight
 
-  // Queues one unit's spans; they start in the order of the calls. `hypers` is copied.
+  // Queues one unit's spans; they start in the order of the calls. A span whose last update is not done is refused
+  // (std::logic_error), as is what does not fit the spans (std::invalid_argument); nothing was queued then.
   std::shared_ptr<Ticket> submit(std::string what, std::vector<Work> work, std::vector<kernels::Hyper> hypers);
   Utilisation utilisation() const;
   // Staging frames that each ring slot needs for `spans` (before construction, for the plan's own check).
@@ -82,13 +82,16 @@ class Updater {
 
   void run(Worker& worker);
   bool pop(Task& task, bool wait);
+  void stop();
 
+  static constexpr std::size_t kMostRingDepth = 1024;
   pages::PageTable& table_;
   std::vector<Span> spans_;
   UpdaterOptions options_;
   mutable std::mutex mutex_;
   std::condition_variable arrived_;
   std::deque<Task> queue_;
+  std::vector<bool> open_;  // by span: submitted and not done; guarded by mutex_
   bool stopping_ = false;
   std::exception_ptr failed_;  // guarded by mutex_
   Utilisation totals_;         // guarded by mutex_
