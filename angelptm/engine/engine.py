@@ -101,7 +101,15 @@ class Engine:
         self._gradients = Gradients(self.plan, pages, self._store, self._device, grad_dtype)
         self._values = Values(self.plan, pages, self._store, self._device, self._dtype, self._updates)
         self._leaves = [
-            UnitLeaves(layout, model, self._device, self._dtype, self._gradients.has, self._gradients.accumulate)
+            UnitLeaves(
+                layout,
+                model,
+                self._device,
+                self._dtype,
+                self._gradients.has,
+                self._gradients.accumulate,
+                one_leaf=grad_dtype != self._dtype,
+            )
             for layout in layouts
         ]
         self._fill(model)
