@@ -103,7 +103,9 @@ class UnitLeaves:
 
     def _leaves_at(self, arena_offset: int) -> list[nn.Parameter]:
         if arena_offset not in self._leaves:
-            self._leaves[arena_offset] = [self._make(slot.layout, arena_offset) for slot in self._slots]
+            # Also when the first use of all is an evaluation, whose tensors could never be trained.
+            with torch.inference_mode(False):
+                self._leaves[arena_offset] = [self._make(slot.layout, arena_offset) for slot in self._slots]
         return self._leaves[arena_offset]
 
     def _make(self, param: ParamLayout, arena_offset: int) -> nn.Parameter:

@@ -76,7 +76,7 @@ def t5(**others: Any) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A residual block with a scalar parameter, a buffer, and a Conv1d whose weight is three-dimensional."""
+    """A residual block with a scalar parameter, an fp32 buffer, and a Conv1d whose weight is three-dimensional."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Block(nn.Module):
         self.register_buffer("shift", torch.linspace(-0.1, 0.1, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.outer(torch.nn.functional.gelu(self.inner(self.norm(x) + self.shift)))
+        hidden = self.outer(torch.nn.functional.gelu(self.inner(self.norm(x) + self.shift.to(x.dtype))))
         return x + self.gain * hidden + self.mix(x.transpose(1, 2)).transpose(1, 2)
 
 
