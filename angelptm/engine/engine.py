@@ -101,7 +101,15 @@ class Engine:
         self._gradients = Gradients(self.plan, pages, self._store, self._device, grad_dtype)
         self._values = Values(self.plan, pages, self._store, self._device, self._dtype, self._updates)
         self._leaves = [
-            UnitLeaves(layout, model, self._device, self._dtype, self._gradients.has, self._gradients.accumulate)
+            UnitLeaves(
+                layout,
+                model,
+                self._device,
+                self._dtype,
+                self._gradients.has,
+                self._take_gradient,
+                one_leaf=grad_dtype != self._dtype,
+            )
             for layout in layouts
         ]
         self._fill(model)
@@ -115,7 +123,7 @@ class Engine:
             [{**group, "params": [parked[name] for name in group["params"]]} for group in named_groups],
             config.optimizer,
             self._take_step,
-            self._gradients.clear,
+            self._drop_gradients,
         )
         self._steps_of: dict[str, int] = dict.fromkeys(trainable, 0)
         self._micro_step = 0
@@ -141,19 +149,21 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """``loss`` divided by ``gradient_accumulation_steps``, back through the model.
 
-        Raises NonFiniteError, with gradients dropped and nothing changed, when the loss is inf or NaN.
+        Raises NonFiniteError, with nothing changed, when the loss is inf or NaN. Whatever it raises, the gradients are
+        dropped, those of earlier micro-batches too, and the next call is the first of a new step.
         """
         if not bool(torch.isfinite(loss.detach()).all()):
-            self._gradients.clear()
-            self._micro_step = 0
+            self._drop_gradients()
             raise NonFiniteError(
                 f"step {self.global_step}: the loss is {float(loss.detach().float().mean())}. Parameters and states are those of "
                 "the last good step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
             )
         try:
             (loss / self.config.gradient_accumulation_steps).backward()
-        finally:
+        except BaseException:
             self._hooks.abandon_backward()
+            self._drop_gradients()
+            raise
         self._micro_step += 1
 
     def step(self) -> bool:
@@ -168,6 +178,16 @@ class Engine:
         self._max_norm = max_norm
         return self._gradients.norm()
 
+    def _take_gradient(self, unit: int, param: ParamLayout, gradient: torch.Tensor) -> None:
+        # A leaf whose backward needs no weight comes here without a fetch, which would have waited.
+        self._updates.wait_for(unit)
+        self._gradients.accumulate(unit, param, gradient)
+
+    def _drop_gradients(self) -> None:
+        self._micro_step = 0
+        self._max_norm = None
+        self._gradients.clear()
+
     def _take_step(self) -> None:
         """Hands all gradients to the updater, in the order in which the next forward needs the units."""
         start = time.perf_counter()
@@ -176,7 +196,7 @@ class Engine:
         self._max_norm = None
         self._gradients.flush()
         if not self._gradients.finite:
-            self._gradients.clear()
+            self._drop_gradients()
             raise NonFiniteError(
                 f"step {self.global_step}: a gradient is inf or NaN. Parameters and states are those of the last good "
                 "step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
@@ -330,10 +350,13 @@ class Engine:
         return list(self._store.notes)
 
     def close(self) -> None:
-        """Waits for the updates and stops the updater's threads. The model's parameters stay parked."""
-        self._updates.drain()
-        self._hooks.remove()
-        self._updates.close()
+        """Waits for the updates and stops the updater's threads, also when an update failed, which it raises. The model's
+        parameters stay parked."""
+        try:
+            self._updates.drain()
+        finally:
+            self._hooks.remove()
+            self._updates.close()
 
 
 def initialize(

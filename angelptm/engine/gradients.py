@@ -55,6 +55,8 @@ class Gradients:
         self._units = [_UnitGradient() for _ in plan.units]
         self._unit_of = {param.name: unit.layout.index for unit in plan.units for param in unit.layout.params}
         self._open: dict[tuple[int, int], _OpenPage] = {}
+        # One staging frame stays free of gradients, so that the next unit can always be fetched.
+        self._max_open = plan.staging_frames - 1
         self._finite = True
         self.copy_seconds = 0.0
 
@@ -110,6 +112,8 @@ class Gradients:
         return self._mover.address(opened.frame)
 
     def _frame(self) -> int:
+        while len(self._open) >= self._max_open:
+            self._spill(next(iter(self._open)))
         while (frame := self._mover.try_staging_frame()) is None:
             self._spill(next(iter(self._open)))
         return frame

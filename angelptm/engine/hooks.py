@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,16 @@ from angelptm.engine.residency import Residency, SavedParameter
 from angelptm.units import Site
 
 
+def _saving_hooks() -> Any:
+    """The saved-tensor hooks that autograd would call now, as (pack, unpack), or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+
+
+def _in_graph_task() -> bool:
+    """Whether autograd is in a backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined, no-any-return]
+
+
 def tensors_in(output: Any) -> Iterator[torch.Tensor]:
     """Tensors of a module's output: nested tuples, lists, dicts, registered pytrees and dataclasses."""
     for leaf in torch.utils._pytree.tree_leaves(output):
@@ -24,13 +35,33 @@ def tensors_in(output: Any) -> Iterator[torch.Tensor]:
                 yield from tensors_in(getattr(leaf, field.name))
 
 
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
+    """The output with ``change`` applied to each tensor that ``tensors_in`` finds."""
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return change(leaf)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            leaf = copy.copy(leaf)
+            for field in dataclasses.fields(leaf):
+                object.__setattr__(leaf, field.name, map_tensors(change, getattr(leaf, field.name)))
+        return leaf
+
+    return torch.utils._pytree.tree_map(visit, output)
+
+
 class Hooks:
     """Registers itself on the sites of a model and on the model itself.
 
     - forward: a pre-hook fetches the site's units and pins them, a post-hook lets them go;
     - backward: a hook on each output that requires grad fetches the units again before the site's backward;
     - autograd keeps references to arena memory instead of tensors (``saved_tensors_hooks``), so that a weight whose
-      frames were used for another unit in between is fetched again on use, and never read from reused frames.
+      frames were used for another unit in between is fetched again on use, and never read from reused frames;
+    - an output that is a view of arena memory (a module that returns its own parameter) leaves as a copy.
+
+    Where the user has saved-tensor hooks of their own, those of ``torch.utils.checkpoint`` above all, they stay in
+    charge: ours would keep what they want to drop. What they keep of a weight is then a view of its frames, and the
+    backward hook of each site brings the weight back to them.
     """
 
     def __init__(
@@ -73,42 +104,82 @@ class Hooks:
         needed_if_saved = not any(True for _ in module.children())
 
         def enter(_module: nn.Module, _args: Any) -> None:
-            for unit in site.units:
-                self._residency.pin(unit)
+            pinned = []
+            try:
+                for unit in site.units:
+                    self._residency.pin(unit)
+                    pinned.append(unit)
+            except BaseException:
+                for unit in pinned:
+                    self._residency.unpin(unit)
+                raise
             self._pinned.append((module, site.units))
+            self._open_saving()
 
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
             if not self._pinned or self._pinned[-1][0] is not module:
-                return  # enter itself failed, so nothing is pinned here
+                return None  # enter itself failed, so nothing is pinned here
+            only_saved = needed_if_saved and _saving_hooks() == (self._pack, self._unpack)
+            own = self._own_output(output)
+            self._close_saving()
             self._pinned.pop()
             for unit in site.units:
                 self._residency.unpin(unit)
             if torch.is_grad_enabled():
-                for tensor in tensors_in(output):
+                for tensor in tensors_in(output if own is None else own):
                     if tensor.requires_grad:
-                        tensor.register_hook(come_back)
+                        tensor.register_hook(come_back_if_saved if only_saved else come_back)
+            return own
 
         def come_back(_gradient: torch.Tensor) -> None:
             self._enter_backward()
             for unit in site.units:
-                if not needed_if_saved or unit in self._saved_units:
+                self._residency.enter_backward(unit)
+
+        def come_back_if_saved(_gradient: torch.Tensor) -> None:
+            self._enter_backward()
+            for unit in site.units:
+                if unit in self._saved_units:
                     self._residency.enter_backward(unit)
 
         self._handles.append(module.register_forward_pre_hook(enter))
         self._handles.append(module.register_forward_hook(leave, always_call=True))
 
+    def _open_saving(self) -> None:
+        """Begins to keep references instead of arena tensors, unless we do already or the user's own hooks do."""
+        if _saving_hooks() is not None:
+            self._contexts.append(None)
+            return
+        if torch.is_grad_enabled() and not _in_graph_task():
+            self._saved_units.clear()
+            self._saved_storages.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()  # type: ignore[no-untyped-call]
+        self._contexts.append(hooks)
+
+    def _close_saving(self) -> None:
+        hooks = self._contexts.pop()
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
+
+    def _own_output(self, output: Any) -> Any:
+        """The output with copies in place of arena views, whose frames are about to be let go; None without any."""
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone() if self._residency.holds(tensor) else tensor
+
+        if not any(self._residency.holds(tensor) for tensor in tensors_in(output)):
+            return None
+        return map_tensors(copied, output)
+
     def _enter_model(self, _model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if self._depth == 0 and not self._in_backward:
+        if self._depth == 0 and not _in_graph_task():
+            self.abandon_backward()
             self._forward_start = time.perf_counter()
             self._pinned.clear()
             self._residency.release_pins()
         self._depth += 1
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        hooks.__enter__()  # type: ignore[no-untyped-call]
-        self._contexts.append(hooks)
-        if self._depth == 1 and torch.is_grad_enabled():
-            self._saved_units.clear()
-            self._saved_storages.clear()
+        self._open_saving()
         if self._compute_dtype is torch.float32:
             return args, kwargs
 
@@ -122,7 +193,7 @@ class Hooks:
         if self._depth == 0:
             return
         self._depth -= 1
-        self._contexts.pop().__exit__(None, None, None)
+        self._close_saving()
         if self._depth == 0:
             self.forward_seconds += time.perf_counter() - self._forward_start
             self.activation_bytes = max(self.activation_bytes, sum(self._saved_storages.values()))
@@ -154,7 +225,7 @@ class Hooks:
         self._on_backward_end()
 
     def abandon_backward(self) -> None:
-        """A backward pass ended in an exception: its end was never called."""
+        """Ends a backward pass whose end was never called because it broke off in an exception."""
         if self._in_backward:
             self._in_backward = False
             self._residency.leave_backward()

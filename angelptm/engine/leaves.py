@@ -43,8 +43,10 @@ class UnitLeaves:
     """Places a unit's parameters into its modules and takes them out again.
 
     Each owner of a tied parameter gets a leaf of its own over the same memory, so that each gradient is taken when it
-    is complete for that owner, instead of waiting in autograd for the last one. Leaves are made once for each arena
-    offset and kept: their identity is what autograd's graph refers to between forward and backward.
+    is complete for that owner, instead of waiting in autograd for the last one. Where a gradient is added to that of an
+    earlier backward pass, all owners share one leaf instead: autograd adds up one pass before it adds the passes, and
+    (a1 + b1) + (a2 + b2) has other bits than ((a1 + b1) + a2) + b2. Leaves are made once for each arena offset and kept:
+    their identity is what autograd's graph refers to between forward and backward.
     """
 
     def __init__(
@@ -55,12 +57,18 @@ class UnitLeaves:
         dtype: torch.dtype,
         gradient_is_paged: Callable[[str], bool],
         on_gradient: Callable[[int, ParamLayout, torch.Tensor], None],
+        *,
+        one_leaf: bool,
     ) -> None:
+        """``one_leaf``: the owners of a tied parameter share their leaf from the first backward pass on, as they must
+        where pages keep gradients in more precision than autograd does."""
         self.layout = layout
         self.placed = False
         self._device = device
         self._dtype = dtype
+        self._gradient_is_paged = gradient_is_paged
         self._on_gradient = on_gradient
+        self._one_leaf = one_leaf
         self._leaves: dict[int, list[nn.Parameter]] = {}
         self._slots: list[_Slot] = []
         self.parked: dict[str, ParkedParameter] = {}
@@ -81,8 +89,11 @@ class UnitLeaves:
         """Puts the leaves at ``arena_offset`` (bytes) into the modules. The unit must be resident there."""
         if self.placed:
             return
+        first: dict[str, nn.Parameter] = {}
         for slot, leaf in zip(self._slots, self._leaves_at(arena_offset)):
-            put(slot.module, slot.attribute, leaf)
+            name = slot.layout.name
+            shared = self._one_leaf or self._gradient_is_paged(name)
+            put(slot.module, slot.attribute, first.setdefault(name, leaf) if shared else leaf)
         self.placed = True
 
     def park(self) -> None:
@@ -92,7 +103,9 @@ class UnitLeaves:
 
     def _leaves_at(self, arena_offset: int) -> list[nn.Parameter]:
         if arena_offset not in self._leaves:
-            self._leaves[arena_offset] = [self._make(slot.layout, arena_offset) for slot in self._slots]
+            # Also when the first use of all is an evaluation, whose tensors could never be trained.
+            with torch.inference_mode(False):
+                self._leaves[arena_offset] = [self._make(slot.layout, arena_offset) for slot in self._slots]
         return self._leaves[arena_offset]
 
     def _make(self, param: ParamLayout, arena_offset: int) -> nn.Parameter:

@@ -11,8 +11,9 @@ import torch
 
 from angelptm.device import Device
 from angelptm.engine.leaves import UnitLeaves
+from angelptm.engine.parked import ParkedParameter
 from angelptm.engine.updates import Updates
-from angelptm.errors import CapacityError
+from angelptm.errors import AngelPTMError, CapacityError
 from angelptm.pages import PageIds
 from angelptm.plan import Plan
 
@@ -22,7 +23,8 @@ class _State:
     """A unit's place in the arena, in frames. ``offset`` is None while it is not there.
 
     ``pins`` counts the modules that are computing with it, which may not lose it. ``in_backward`` marks a unit whose
-    gradients are still coming: it stays unless its frames are needed, and comes back on use.
+    gradients are still coming: it stays unless its frames are needed, and comes back on use. ``version`` counts changes
+    of its parameters.
     """
 
     planned_offset: int
@@ -30,6 +32,7 @@ class _State:
     offset: int | None = None
     pins: int = 0
     in_backward: bool = False
+    version: int = 0
 
 
 class Residency:
@@ -130,6 +133,7 @@ class Residency:
     def expire(self, unit: int) -> None:
         """The unit's parameters are about to change: what the arena holds is no longer current."""
         assert self._units[unit].pins == 0, "no module computes with a unit that is updated"
+        self._units[unit].version += 1
         if not self._on_device[unit]:
             self._evict(unit)
 
@@ -197,6 +201,10 @@ class Residency:
         self._units[unit].offset = offset
         self.peak_frames = max(self.peak_frames, self._used_frames())
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the arena. A parked parameter lies nowhere."""
+        return not isinstance(tensor, ParkedParameter) and self._device.offset_of(tensor) is not None
+
     def saved(self, tensor: torch.Tensor) -> SavedParameter | None:
         """A reference to arena memory that autograd wants to keep, or None for a tensor that lies elsewhere."""
         arena_offset = self._device.offset_of(tensor)
@@ -205,11 +213,25 @@ class Residency:
         unit = self.unit_at(arena_offset)
         assert unit is not None, "a tensor in the arena belongs to a resident unit"
         return SavedParameter(
-            unit, arena_offset - self.arena_offset(unit), tuple(tensor.shape), tensor.stride(), tensor.dtype
+            unit,
+            self._units[unit].version,
+            arena_offset - self.arena_offset(unit),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
         )
 
     def restore(self, saved: SavedParameter) -> torch.Tensor:
-        """The tensor behind a reference, fetched if it has left."""
+        """The tensor behind a reference, fetched if it has left.
+
+        Raises AngelPTMError when the unit was updated meanwhile, where torch refuses too: the weights are not those that
+        the forward pass computed with.
+        """
+        if self._units[saved.unit].version != saved.version:
+            raise AngelPTMError(
+                f"backward: the parameters of unit {self._plan.units[saved.unit].layout.name} were updated since the "
+                "forward pass of this graph. Call backward before step, or run the forward pass again."
+            )
         if self._units[saved.unit].offset is None:
             self.fetch(saved.unit)
         start = self.arena_offset(saved.unit) + saved.offset
@@ -221,6 +243,7 @@ class SavedParameter:
     """Arena memory by unit and byte offset in it: what autograd saves instead of a tensor whose content may move."""
 
     unit: int
+    version: int
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]

@@ -122,9 +122,11 @@ def param_groups(
 
 def checkpoint_blocks(model: nn.Module, structure: Structure) -> None:
     """Recomputes the blocks' activations in backward: the model's own switch where it has one."""
-    if hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return
+    # The second is what transformers called it before 5.23.
+    for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if hasattr(model, switch):
+            getattr(model, switch)({"use_reentrant": False})
+            return
     from torch.utils.checkpoint import checkpoint
 
     for site in structure.sites:
