@@ -220,7 +220,9 @@ def test_named_classes_are_the_units() -> None:
 
 
 def test_attention_stays_whole_beside_named_classes() -> None:
-    assert "attention" in names(find_structure(Attending(), ["LSTM"]))
+    structure = find_structure(Attending(), ["LSTM"])
+    assert names(structure)[:2] == ["attention", "recurrent"]
+    assert "attention.out_proj.weight" in structure.units[0].params
 
 
 def test_class_that_the_model_does_not_have_is_refused_with_those_it_has() -> None:
