@@ -157,17 +157,19 @@ def test_discard_holds_though_the_page_is_being_written(tmp_path: Path, backend:
     assert not load(store, [page])[0].any()
 
 
-def test_page_that_is_rewritten_while_it_is_read_ahead_arrives_whole(tmp_path: Path, backend: native.Backend) -> None:
-    """A slot may not be given to another write while it is still read from."""
-    slow = native.FaultPlan(seed=2, delay=0.5, delay_seconds=0.02)
-    store = make_store(tmp_path, frames=8, slots=(4,), backend=backend, faults=slow)
+def test_page_that_is_rewritten_while_it_is_read_ahead_arrives_whole(tmp_path: Path) -> None:
+    """A slot may not be given to another write while it is still read from. Here reads take several attempts, each
+    of them slow, so that there would be time for one write to free the slot and for another to fill it."""
+    slow = native.FaultPlan(seed=2, short_transfer=0.5, delay=0.5, delay_seconds=0.004)
+    store = make_store(tmp_path, frames=8, slots=(3,), faults=slow)
     one, two = (store.add_page(native.Home.SSD, PAGE) for _ in range(2))
     write(store, one, content(1, PAGE))
     store.mover.drain()
-    for seed in range(2, 12):
+    for seed in range(2, 30):
         store.mover.begin_load([one])
         write(store, one, content(seed, PAGE))
         write(store, two, content(100 + seed, PAGE))
+        write(store, two, content(200 + seed, PAGE))
         loaded = store.mover.next_loaded()
         assert loaded is not None
         assert np.array_equal(view(loaded[1], PAGE), content(seed - 1, PAGE))
