@@ -340,7 +340,6 @@ def make_plan(
     """
     page_bytes = budgets.page_bytes
     demand = _demand(layouts, page_bytes, param_itemsize, grad_itemsize, moment_count)
-    arena, sizes = _place_arena(layouts, sites, budgets, param_itemsize)
     device_frames = budgets.device_bytes // page_bytes
     param_on_device = budgets.param == "device" or (budgets.param == "auto" and demand.param_pages <= device_frames)
     if param_on_device and demand.param_pages > device_frames:
@@ -351,6 +350,7 @@ def make_plan(
             "keeping all parameters on the device (placement.param: device)",
             f"Raise tiers.device to {_mib(demand.param_pages * page_bytes)}, or set placement.param to auto.",
         )
+    arena, sizes = _place_arena(layouts, sites, budgets, param_itemsize)
     split = _split_host(budgets, demand, param_on_device)
     params, grads, states = _Placer(split.param), _Placer(split.grad), _Placer(split.states)
 
