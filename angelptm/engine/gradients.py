@@ -11,6 +11,7 @@ import torch
 
 from angelptm.device import Device
 from angelptm.engine.dtypes import NATIVE_DTYPES
+from angelptm.engine.loading import loading
 from angelptm.errors import AngelPTMError
 from angelptm.pages import PageIds
 from angelptm.plan import Plan
@@ -120,8 +121,8 @@ class Gradients:
 
     def _reload(self, page_id: int) -> int:
         self._mover.release(self._frame())  # makes sure that the load below finds one
-        self._mover.begin_load([page_id])
-        self._mover.next_loaded()
+        with loading(self._mover, [page_id]):
+            self._mover.next_loaded()
         return self._mover.take_loaded()
 
     def _contributed(self, unit: int, page: int, name: str) -> None:

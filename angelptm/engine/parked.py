@@ -32,9 +32,7 @@ class ParkedParameter(torch.Tensor):
         requires_grad: bool,
         gradient_is_paged: Callable[[], bool],
     ) -> ParkedParameter:
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
-        )
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
         self._is_param = True
         self.param_name = name
         self._gradient_is_paged = gradient_is_paged
@@ -56,11 +54,37 @@ class ParkedParameter(torch.Tensor):
                 parked.requires_grad,
                 parked._gradient_is_paged,
             )
-        raise ParkedError(
-            f"parameter {parked.param_name}: {func} needs its values, but it is not on the device now. "
+        raise parked._absent(str(func))
+
+    def _absent(self, what: str) -> ParkedError:
+        return ParkedError(
+            f"parameter {self.param_name}: {what} needs its values, but it is not on the device now. "
             "Use engine.gathered(parameter) to read or change it; inside the model, name the module that uses it "
             "in units.classes so that it is fetched in time."
         )
+
+    # What torch does not dispatch.
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise self._absent("numpy")
+
+    def tolist(self) -> Any:
+        raise self._absent("tolist")
+
+    def data_ptr(self) -> int:
+        raise self._absent("data_ptr")
+
+    def untyped_storage(self) -> Any:
+        raise self._absent("untyped_storage")
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """Parked as well. Assignment raises ParkedError."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise self._absent("assignment to data")
 
     @property
     def grad(self) -> None:  # type: ignore[override]

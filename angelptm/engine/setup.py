@@ -93,8 +93,11 @@ def param_groups(
     """Optimizer groups with parameter names under ``params``.
 
     ``given`` are torch-style groups of the model's own parameters; without them the config's patterns decide, the first
-    that matches winning, and what is left forms a group with the top-level values.
+    that matches winning, and what is left forms a group with the top-level values. Raises AngelPTMError when there is
+    nothing to train.
     """
+    if not names:
+        raise AngelPTMError("the model has no parameter to train: requires_grad is False for all of them")
     if given is not None:
         groups = []
         for group in given:

@@ -69,9 +69,7 @@ class Updates:
             if segments
         ]
         if work:
-            self._tickets[unit] = self._updater.submit(
-                f"the update of unit {plan.layout.name}", work, list(hypers)
-            )
+            self._tickets[unit] = self._updater.submit(f"the update of unit {plan.layout.name}", work, list(hypers))
 
     def wait_for(self, unit: int) -> None:
         """Returns when the unit's last update is published; raises what went wrong in it."""

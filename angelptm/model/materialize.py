@@ -65,7 +65,8 @@ def materialize(
     values: ValueSource = InitializedValues(seed)
     if weights is not None:
         prefix = getattr(model, "base_model_prefix", "")
-        values = SafetensorsValues(Path(weights), ("", f"{prefix}.") if prefix else ("",))
+        values = SafetensorsValues(Path(weights), f"{prefix}." if prefix else "")
+        values.load_buffers(model)
     setattr(model, _SOURCE, values)
     return model
 
@@ -107,7 +108,9 @@ def _auto_model(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if not hasattr(config, "model_type"):
-        raise TypeError(f"source: found {type(config).__name__}, expected a transformers config, a folder or a callable")
+        raise TypeError(
+            f"source: found {type(config).__name__}, expected a transformers config, a folder or a callable"
+        )
     auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-    model: nn.Module = auto.from_config(config, torch_dtype=torch.float32)
+    model: nn.Module = auto.from_config(config, dtype=torch.float32)
     return model

@@ -25,7 +25,9 @@ class Reference:
     in the global gradient norm.
     """
 
-    def __init__(self, model: nn.Module, config: Config, settings: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, settings: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    ) -> None:
         """``settings``: (fnmatch pattern on names, hyperparameters); the first match replaces those of the config."""
         self.model = copy.deepcopy(model)
         self.config = config
