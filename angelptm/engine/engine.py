@@ -140,7 +140,8 @@ class Engine:
 
     def _fill(self, model: nn.Module) -> None:
         """Moves the values into pages one unit at a time, and parks the parameters: each unit at once when the model
-        holds its values, and all at the end when they are on the meta device, where an initialization may touch them."""
+        holds its values, and all at the end when they are on the meta device, where an initialization may touch them.
+        """
         source = source_of(model)
         for unit, leaves in enumerate(self._leaves):
             self._values.fill(unit, source.values(model, leaves.layout))
@@ -164,11 +165,11 @@ class Engine:
         if not bool(torch.isfinite(loss.detach()).all()):
             self._drop_gradients()
             raise NonFiniteError(
-                f"step {self.global_step}: the loss is {float(loss.detach().float().mean())}. Parameters and states are those of "
-                "the last good step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
+                f"step {self.global_step}: the loss is {float(loss.detach().float().mean())}. Parameters and states "
+                "are those of the last good step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
             )
         try:
-            (loss / self.config.gradient_accumulation_steps).backward()
+            (loss / self.config.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
         except BaseException:
             self._hooks.abandon_backward()
             self._drop_gradients()
@@ -176,7 +177,7 @@ class Engine:
         self._micro_step += 1
 
     def step(self) -> bool:
-        """Takes the optimizer step once ``gradient_accumulation_steps`` backward passes are done; says whether it did."""
+        """Takes the optimizer step if ``gradient_accumulation_steps`` backward passes are done; says whether it did."""
         if self._micro_step < self.config.gradient_accumulation_steps:
             return False
         self.optimizer.step()
@@ -215,7 +216,7 @@ class Engine:
             self.grad_norm = self._gradients.norm()
             grad_scale = min(1.0, max_norm / (self.grad_norm + 1e-6))
         group_of = {
-            param.param_name: index  # type: ignore[attr-defined]
+            param.param_name: index
             for index, group in enumerate(self.optimizer.param_groups)
             for param in group["params"]
         }
@@ -343,7 +344,7 @@ class Engine:
         return self._hooks.activation_bytes
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds spent so far, by phase; the later ones lie inside the earlier ones or beside them on other threads."""
+        """Seconds spent so far, by phase; later ones lie inside the earlier ones or beside them on other threads."""
         update = self._updates.utilisation()
         return {
             "forward": self._hooks.forward_seconds,
@@ -361,8 +362,10 @@ class Engine:
         return list(self._store.notes)
 
     def close(self) -> None:
-        """Waits for the updates and stops the updater's threads, also when an update failed, which it raises. The model's
-        parameters stay parked."""
+        """Waits for the updates and stops the updater's threads, also when an update failed, which it raises.
+
+        The model's parameters stay parked.
+        """
         try:
             self._updates.drain()
         finally:

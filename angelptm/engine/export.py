@@ -49,7 +49,9 @@ class LazyState(Mapping[str, torch.Tensor]):
         self._values = values
         self._master = master
         self._params = params
-        self._buffers = {name: buffer for name, buffer in model.state_dict().items() if buffer is not None}
+        self._buffers: dict[str, torch.Tensor] = {
+            name: buffer for name, buffer in model.state_dict().items() if buffer is not None
+        }
         self._first = first_name
         self._names = list(self._buffers)
 
@@ -77,8 +79,8 @@ class LazyState(Mapping[str, torch.Tensor]):
 
 def export_safetensors(model: nn.Module, state: LazyState, folder: Path, max_shard_bytes: int) -> list[Path]:
     """Writes each value once, under its first name, in files of at most ``max_shard_bytes`` (a larger tensor has a file
-    of its own), with the index that transformers reads. Files appear under their names only when all are complete; those
-    of a former export that are not among them are removed."""
+    of its own), with the index that transformers reads. Files appear under their names only when all are complete;
+    those of a former export that are not among them are removed."""
     names = [name for name in state if state.first_name(name) == name]
     shards = _shards(state, names, max_shard_bytes)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -114,7 +116,7 @@ def export_safetensors(model: nn.Module, state: LazyState, folder: Path, max_sha
             path.unlink()
     for attribute in ("config", "generation_config"):
         config = getattr(model, attribute, None)
-        if hasattr(config, "save_pretrained"):
+        if config is not None and hasattr(config, "save_pretrained"):
             config.save_pretrained(folder)
     return finals
 

@@ -20,7 +20,7 @@ from angelptm.units import ParamLayout, UnitLayout
 
 @dataclass
 class _UnitGradient:
-    """Since the last ``clear``: ``norms[name]`` maps a page's index to the sum of squares of the parameter's part in it."""
+    """Since the last ``clear``. ``norms[name]``: a page's index to the sum of squares of the parameter's part in it."""
 
     norms: dict[str, dict[int, float]] = field(default_factory=dict)
     spilled: set[int] = field(default_factory=set)  # SSD pages whose slot holds gradients of this window

@@ -17,12 +17,12 @@ from angelptm.units import Site
 
 def _saving_hooks() -> Any:
     """The saved-tensor hooks that autograd would call now, as (pack, unpack), or None."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _in_graph_task() -> bool:
     """Whether autograd is in a backward pass on this thread."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined, no-any-return]
+    return torch._C._current_graph_task_id() != -1
 
 
 def tensors_in(output: Any) -> Iterator[torch.Tensor]:
@@ -120,7 +120,7 @@ class Hooks:
                 for unit in pinned:
                     self._residency.unpin(unit)
                 raise
-            self._pinned.append((module, torch._C._autograd._get_sequence_nr()))  # type: ignore[attr-defined]
+            self._pinned.append((module, torch._C._autograd._get_sequence_nr()))
             self._open_saving()
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -135,7 +135,7 @@ class Hooks:
             if torch.is_grad_enabled():
                 for tensor in tensors_in(output if own is None else own):
                     if _made_since(tensor, entered):
-                        tensor.register_hook(come_back_if_saved if only_saved else come_back)
+                        tensor.register_hook(come_back_if_saved if only_saved else come_back)  # type: ignore[no-untyped-call]
             return own
 
         def come_back(_gradient: torch.Tensor) -> None:
@@ -161,7 +161,7 @@ class Hooks:
             self._saved_units.clear()
             self._saved_storages.clear()
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        hooks.__enter__()  # type: ignore[no-untyped-call]
+        hooks.__enter__()
         self._contexts.append(hooks)
 
     def _close_saving(self) -> None:
@@ -223,7 +223,7 @@ class Hooks:
             return
         self._in_backward = True
         self._backward_start = time.perf_counter()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
         self._in_backward = False

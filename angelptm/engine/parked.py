@@ -38,10 +38,10 @@ class ParkedParameter(torch.Tensor):
         self._gradient_is_paged = gradient_is_paged
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         parked = next(arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, cls))
@@ -78,16 +78,16 @@ class ParkedParameter(torch.Tensor):
         raise self._absent("untyped_storage")
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """Parked as well. Assignment raises ParkedError."""
         return self.detach()
 
     @data.setter
-    def data(self, value: torch.Tensor) -> None:
+    def data(self, value: torch.Tensor) -> None:  # noqa: ARG002
         raise self._absent("assignment to data")
 
     @property
-    def grad(self) -> None:  # type: ignore[override]
+    def grad(self) -> None:
         """None without gradient. Raises ParkedError where there is one, since it lives in pages, not in a tensor."""
         if self._gradient_is_paged():
             raise ParkedError(

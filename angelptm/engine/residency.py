@@ -218,8 +218,8 @@ class Residency:
     def restore(self, saved: SavedParameter) -> torch.Tensor:
         """The tensor behind a reference, fetched if it has left.
 
-        Raises AngelPTMError when the unit was updated meanwhile, where torch refuses too: the weights are not those that
-        the forward pass computed with.
+        Raises AngelPTMError when the unit was updated meanwhile, where torch refuses too: the weights are not those
+        that the forward pass computed with.
         """
         if self._units[saved.unit].version != saved.version:
             raise AngelPTMError(

@@ -115,11 +115,11 @@ def param_groups(
         return groups
     left = list(names)
     groups = []
-    for group in config.optimizer.groups:
-        members = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in group.params)]
-        left = [name for name in left if name not in set(members)]
-        if members:
-            groups.append({"params": members, **group.model_dump(include={"lr", "weight_decay"}, exclude_none=True)})
+    for own in config.optimizer.groups:
+        matching = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in own.params)]
+        left = [name for name in left if name not in set(matching)]
+        if matching:
+            groups.append({"params": matching, **own.model_dump(include={"lr", "weight_decay"}, exclude_none=True)})
     return ([{"params": left}] if left else []) + groups
 
 
@@ -140,4 +140,4 @@ def checkpoint_blocks(model: nn.Module, structure: Structure) -> None:
             def recomputed(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
                 return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
 
-            module.forward = recomputed  # type: ignore[method-assign]
+            module.forward = recomputed

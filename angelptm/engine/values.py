@@ -63,7 +63,7 @@ class Values:
         self._mover.drain()
 
     def read(self, unit: int, param: ParamLayout, *, master: bool = False) -> torch.Tensor:
-        """A copy of a parameter in compute precision, or of its fp32 master (a frozen one has none: its value, in fp32)."""
+        """A copy of a parameter in compute precision, or of its fp32 master, for which a frozen one has its value."""
         if master and not param.trainable:
             return self.read(unit, param).float()
         self._updates.wait_for(unit)

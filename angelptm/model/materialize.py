@@ -36,7 +36,7 @@ def init_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -58,10 +58,7 @@ def materialize(
         weights = source if weights is None else weights
         source = _config_of(read_config_json(Path(source)))
     with init_on_meta():
-        if callable(source):
-            model = source()
-        else:
-            model = (build or _auto_model)(source)
+        model: nn.Module = source() if callable(source) else (build or _auto_model)(source)
     values: ValueSource = InitializedValues(seed)
     if weights is not None:
         prefix = getattr(model, "base_model_prefix", "")

@@ -21,7 +21,7 @@ class ValueSource(Protocol):
     """Gives the values of one unit at a time; ``values`` maps parameter names to CPU tensors of their shapes."""
 
     in_model: bool
-    """Whether the values are in the model, which holds each until it is replaced, and not a model on the meta device."""
+    """Whether the values are in the model, which holds each until it is replaced; else it is on the meta device."""
 
     def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]: ...
 
@@ -113,7 +113,7 @@ def _modules_inside_out(model: nn.Module, unit: UnitLayout) -> Iterator[tuple[st
 
 
 def _initialize(model: nn.Module, name: str, module: nn.Module) -> None:
-    initializer = None
+    initializer: Any = None
     parts = name.split(".") if name else []
     for length in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:length]))
@@ -170,7 +170,7 @@ class SafetensorsValues:
             if name not in params and isinstance(buffer, torch.Tensor) and (key := self._key(name)) is not None:
                 buffer.copy_(self._read(key, tuple(buffer.shape)))
 
-    def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:
+    def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
         found: dict[str, torch.Tensor] = {}
         for param in unit.params:
             names = [f"{module}.{attribute}" if module else attribute for module, attribute in param.owners]

@@ -21,8 +21,8 @@ from .models import loss_of
 class Reference:
     """A deep copy of a model, fp32 masters and moments as flat arrays, and plain autograd.
 
-    Nothing of the engine takes part but the order of the parameters in their units, which defines the order of summation
-    in the global gradient norm.
+    Nothing of the engine takes part but the order of the parameters in their units, which defines the order of
+    summation in the global gradient norm.
     """
 
     def __init__(

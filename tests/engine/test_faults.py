@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _until_it_fails(folder: Path, **faults: Any) -> tuple[Exception, float, Engi
     raise AssertionError("200 steps without the fault")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["eio", "enospc"])
 def test_io_error_is_typed_and_comes_within_the_deadline(kind: str, seed: int, tmp_path: Path) -> None:
     error, seconds, engine = _until_it_fails(tmp_path, seed=seed, **{kind: 0.002})
@@ -77,10 +78,8 @@ def test_io_error_is_typed_and_comes_within_the_deadline(kind: str, seed: int, t
         with pytest.raises(IoError):
             train(engine, GPT2, 1)
         start = time.monotonic()
-        try:
+        with contextlib.suppress(IoError):
             engine.close()
-        except IoError:
-            pass
         assert time.monotonic() - start < DEADLINE_SECONDS
         assert not any(thread_hook for thread_hook in engine.module._forward_pre_hooks), "hooks are gone"
 

@@ -240,8 +240,11 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [(model, "train") for model in MODELS] + [(Buffers, "eval"), (Attentive, "eval"), (Recurrent, "eval")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_unusual_model_equals_the_reference(model: type[Body], mode: str, make_both: MakeBoth) -> None:
     torch.manual_seed(11)
     built = model().train(mode == "train")
