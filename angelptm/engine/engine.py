@@ -66,6 +66,11 @@ class Engine:
         self._params: dict[str, tuple[int, ParamLayout]] = {
             param.name: (layout.index, param) for layout in layouts for param in layout.params
         }
+        self._first_name = {
+            f"{module}.{attribute}" if module else attribute: param.name
+            for _, param in self._params.values()
+            for module, attribute in param.owners
+        }
         trainable = [name for name, (_, param) in self._params.items() if param.trainable]
         names_by_id = {id(parameter(model, param.owners[0])): name for name, (_, param) in self._params.items()}
         named_groups = param_groups(trainable, config, groups, names_by_id)
@@ -134,10 +139,15 @@ class Engine:
         self.step_seconds = 0.0
 
     def _fill(self, model: nn.Module) -> None:
-        """Moves the model's values into pages and parks its parameters, one unit at a time."""
+        """Moves the values into pages one unit at a time, and parks the parameters: each unit at once when the model
+        holds its values, and all at the end when they are on the meta device, where an initialization may touch them.
+        """
         source = source_of(model)
         for unit, leaves in enumerate(self._leaves):
             self._values.fill(unit, source.values(model, leaves.layout))
+            if source.in_model:
+                leaves.park()
+        for leaves in self._leaves:
             leaves.park()
 
     # The training loop.
@@ -155,11 +165,11 @@ class Engine:
         if not bool(torch.isfinite(loss.detach()).all()):
             self._drop_gradients()
             raise NonFiniteError(
-                f"step {self.global_step}: the loss is {float(loss.detach().float().mean())}. Parameters and states are those of "
-                "the last good step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
+                f"step {self.global_step}: the loss is {float(loss.detach().float().mean())}. Parameters and states "
+                "are those of the last good step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
             )
         try:
-            (loss / self.config.gradient_accumulation_steps).backward()
+            (loss / self.config.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
         except BaseException:
             self._hooks.abandon_backward()
             self._drop_gradients()
@@ -167,7 +177,7 @@ class Engine:
         self._micro_step += 1
 
     def step(self) -> bool:
-        """Takes the optimizer step once ``gradient_accumulation_steps`` backward passes are done; says whether it did."""
+        """Takes the optimizer step if ``gradient_accumulation_steps`` backward passes are done; says whether it did."""
         if self._micro_step < self.config.gradient_accumulation_steps:
             return False
         self.optimizer.step()
@@ -206,7 +216,7 @@ class Engine:
             self.grad_norm = self._gradients.norm()
             grad_scale = min(1.0, max_norm / (self.grad_norm + 1e-6))
         group_of = {
-            param.param_name: index  # type: ignore[attr-defined]
+            param.param_name: index
             for index, group in enumerate(self.optimizer.param_groups)
             for param in group["params"]
         }
@@ -262,14 +272,16 @@ class Engine:
     ) -> Iterator[dict[str, nn.Parameter]]:
         """Real values of parameters, by name, and in their modules' attributes, inside the ``with`` block.
 
-        ``params``: names, or the parameters that ``named_parameters`` gives. The values are copies in compute precision;
+        ``params``: names, or the parameters that ``named_parameters`` gives. A tied one comes under its first name,
+        whichever it was asked for by. The values are copies in compute precision;
         with ``modify`` they are the fp32 masters, and what they are at the end of the block is written back to both.
         """
         given = [params] if isinstance(params, (str, torch.Tensor)) else list(params)
-        names = [param if isinstance(param, str) else getattr(param, "param_name", "") for param in given]
-        for name in names:
-            if name not in self._params:
+        asked = [param if isinstance(param, str) else getattr(param, "param_name", "") for param in given]
+        for name in asked:
+            if name not in self._first_name:
                 raise AngelPTMError(f"gathered: {name or 'a tensor'!r} is not a parameter of this engine's model")
+        names = list(dict.fromkeys(self._first_name[name] for name in asked))
         real: dict[str, nn.Parameter] = {}
         for name in names:
             unit, param = self._params[name]
@@ -295,7 +307,7 @@ class Engine:
 
         ``dict(engine.state_dict())`` has them all in memory. With ``master``, trainable parameters come in fp32.
         """
-        return LazyState(self.module, self._params, self._values, master=master)
+        return LazyState(self.module, self._params, self._first_name, self._values, master=master)
 
     def export_safetensors(
         self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, master: bool = False
@@ -332,7 +344,7 @@ class Engine:
         return self._hooks.activation_bytes
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds spent so far, by phase; the later ones lie inside the earlier ones or beside them on other threads."""
+        """Seconds spent so far, by phase; later ones lie inside the earlier ones or beside them on other threads."""
         update = self._updates.utilisation()
         return {
             "forward": self._hooks.forward_seconds,
@@ -350,8 +362,10 @@ class Engine:
         return list(self._store.notes)
 
     def close(self) -> None:
-        """Waits for the updates and stops the updater's threads, also when an update failed, which it raises. The model's
-        parameters stay parked."""
+        """Waits for the updates and stops the updater's threads, also when an update failed, which it raises.
+
+        The model's parameters stay parked.
+        """
         try:
             self._updates.drain()
         finally:

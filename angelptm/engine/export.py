@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,6 +28,8 @@ _SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
 }
 
+_EXPORTED = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
 
 class LazyState(Mapping[str, torch.Tensor]):
     """Names in ``state_dict`` order to values that are read when asked for.
@@ -34,17 +38,21 @@ class LazyState(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, model: nn.Module, params: Mapping[str, tuple[int, ParamLayout]], values: Values, *, master: bool
+        self,
+        model: nn.Module,
+        params: Mapping[str, tuple[int, ParamLayout]],
+        first_name: Mapping[str, str],
+        values: Values,
+        *,
+        master: bool,
     ) -> None:
         self._values = values
         self._master = master
         self._params = params
-        self._buffers = {name: buffer for name, buffer in model.state_dict().items() if buffer is not None}
-        self._first = {
-            f"{module}.{attribute}" if module else attribute: param.name
-            for _, param in params.values()
-            for module, attribute in param.owners
+        self._buffers: dict[str, torch.Tensor] = {
+            name: buffer for name, buffer in model.state_dict().items() if buffer is not None
         }
+        self._first = first_name
         self._names = list(self._buffers)
 
     def first_name(self, name: str) -> str:
@@ -71,32 +79,44 @@ class LazyState(Mapping[str, torch.Tensor]):
 
 def export_safetensors(model: nn.Module, state: LazyState, folder: Path, max_shard_bytes: int) -> list[Path]:
     """Writes each value once, under its first name, in files of at most ``max_shard_bytes`` (a larger tensor has a file
-    of its own), with the index that transformers reads. Files appear under their names only when all are complete."""
+    of its own), with the index that transformers reads. Files appear under their names only when all are complete;
+    those of a former export that are not among them are removed."""
     names = [name for name in state if state.first_name(name) == name]
     shards = _shards(state, names, max_shard_bytes)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     finals = [
         folder / (f"model-{index:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors")
         for index in range(1, len(shards) + 1)
     ]
-    parts = [path.with_name(path.name + ".part") for path in finals]
+    index = folder / "model.safetensors.index.json"
+    whole = [*finals, *([index] if len(shards) > 1 else [])]
+    parts = [path.with_name(path.name + ".part") for path in whole]
     try:
         for path, shard in zip(parts, shards):
             _write_file(path, state, shard)
-        for part, final in zip(parts, finals):
+        if len(shards) > 1:
+            content = {
+                "metadata": {"total_size": sum(_size(state, name) for name in names)},
+                "weight_map": {name: path.name for path, shard in zip(finals, shards) for name in shard},
+            }
+            parts[-1].write_text(json.dumps(content, indent=2), encoding="utf-8")
+        for part, final in zip(parts, whole):
             os.replace(part, final)
-    finally:
+    except BaseException:
         for part in parts:
             part.unlink(missing_ok=True)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(_size(state, name) for name in names)},
-            "weight_map": {name: path.name for path, shard in zip(finals, shards) for name in shard},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    # What a former export into this folder left would be loaded in place of these files, or mixed with them.
+    for path in folder.iterdir():
+        if _EXPORTED.fullmatch(path.name) and path not in whole:
+            path.unlink()
     for attribute in ("config", "generation_config"):
         config = getattr(model, attribute, None)
-        if hasattr(config, "save_pretrained"):
+        if config is not None and hasattr(config, "save_pretrained"):
             config.save_pretrained(folder)
     return finals
 

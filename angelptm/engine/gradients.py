@@ -11,6 +11,7 @@ import torch
 
 from angelptm.device import Device
 from angelptm.engine.dtypes import NATIVE_DTYPES
+from angelptm.engine.loading import loading
 from angelptm.errors import AngelPTMError
 from angelptm.pages import PageIds
 from angelptm.plan import Plan
@@ -19,7 +20,7 @@ from angelptm.units import ParamLayout, UnitLayout
 
 @dataclass
 class _UnitGradient:
-    """Since the last ``clear``: ``norms[name]`` maps a page's index to the sum of squares of the parameter's part in it."""
+    """Since the last ``clear``. ``norms[name]``: a page's index to the sum of squares of the parameter's part in it."""
 
     norms: dict[str, dict[int, float]] = field(default_factory=dict)
     spilled: set[int] = field(default_factory=set)  # SSD pages whose slot holds gradients of this window
@@ -120,8 +121,8 @@ class Gradients:
 
     def _reload(self, page_id: int) -> int:
         self._mover.release(self._frame())  # makes sure that the load below finds one
-        self._mover.begin_load([page_id])
-        self._mover.next_loaded()
+        with loading(self._mover, [page_id]):
+            self._mover.next_loaded()
         return self._mover.take_loaded()
 
     def _contributed(self, unit: int, page: int, name: str) -> None:

@@ -17,12 +17,12 @@ from angelptm.units import Site
 
 def _saving_hooks() -> Any:
     """The saved-tensor hooks that autograd would call now, as (pack, unpack), or None."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _in_graph_task() -> bool:
     """Whether autograd is in a backward pass on this thread."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined, no-any-return]
+    return torch._C._current_graph_task_id() != -1
 
 
 def tensors_in(output: Any) -> Iterator[torch.Tensor]:
@@ -50,11 +50,18 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> 
     return torch.utils._pytree.tree_map(visit, output)
 
 
+def _made_since(tensor: torch.Tensor, sequence: int) -> bool:
+    """Whether the operation behind a tensor ran at or after a number of autograd's sequence."""
+    return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= sequence
+
+
 class Hooks:
     """Registers itself on the sites of a model and on the model itself.
 
     - forward: a pre-hook fetches the site's units and pins them, a post-hook lets them go;
-    - backward: a hook on each output that requires grad fetches the units again before the site's backward;
+    - backward: a hook on each output that the module computed fetches the units again before the site's backward. Not
+      on one that it only hands through, whose gradient is complete long after this site's backward: the fetch would
+      take the frames from the unit that is at work then;
     - autograd keeps references to arena memory instead of tensors (``saved_tensors_hooks``), so that a weight whose
       frames were used for another unit in between is fetched again on use, and never read from reused frames;
     - an output that is a view of arena memory (a module that returns its own parameter) leaves as a copy.
@@ -77,7 +84,7 @@ class Hooks:
         self._on_backward_end = on_backward_end
         self._in_backward = False
         self._depth = 0
-        self._pinned: list[tuple[nn.Module, tuple[int, ...]]] = []
+        self._pinned: list[tuple[nn.Module, int]] = []  # and autograd's sequence number when it was entered
         self._saved_units: set[int] = set()
         self._saved_storages: dict[int, int] = {}
         self._contexts: list[Any] = []
@@ -113,7 +120,7 @@ class Hooks:
                 for unit in pinned:
                     self._residency.unpin(unit)
                 raise
-            self._pinned.append((module, site.units))
+            self._pinned.append((module, torch._C._autograd._get_sequence_nr()))
             self._open_saving()
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -122,13 +129,13 @@ class Hooks:
             only_saved = needed_if_saved and _saving_hooks() == (self._pack, self._unpack)
             own = self._own_output(output)
             self._close_saving()
-            self._pinned.pop()
+            _, entered = self._pinned.pop()
             for unit in site.units:
                 self._residency.unpin(unit)
             if torch.is_grad_enabled():
                 for tensor in tensors_in(output if own is None else own):
-                    if tensor.requires_grad:
-                        tensor.register_hook(come_back_if_saved if only_saved else come_back)
+                    if _made_since(tensor, entered):
+                        tensor.register_hook(come_back_if_saved if only_saved else come_back)  # type: ignore[no-untyped-call]
             return own
 
         def come_back(_gradient: torch.Tensor) -> None:
@@ -154,7 +161,7 @@ class Hooks:
             self._saved_units.clear()
             self._saved_storages.clear()
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        hooks.__enter__()  # type: ignore[no-untyped-call]
+        hooks.__enter__()
         self._contexts.append(hooks)
 
     def _close_saving(self) -> None:
@@ -216,7 +223,7 @@ class Hooks:
             return
         self._in_backward = True
         self._backward_start = time.perf_counter()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
         self._in_backward = False

@@ -45,8 +45,8 @@ class UnitLeaves:
     Each owner of a tied parameter gets a leaf of its own over the same memory, so that each gradient is taken when it
     is complete for that owner, instead of waiting in autograd for the last one. Where a gradient is added to that of an
     earlier backward pass, all owners share one leaf instead: autograd adds up one pass before it adds the passes, and
-    (a1 + b1) + (a2 + b2) has other bits than ((a1 + b1) + a2) + b2. Leaves are made once for each arena offset and kept:
-    their identity is what autograd's graph refers to between forward and backward.
+    (a1 + b1) + (a2 + b2) has other bits than ((a1 + b1) + a2) + b2. Leaves are made once for each arena offset and
+    kept: their identity is what autograd's graph refers to between forward and backward.
     """
 
     def __init__(
@@ -120,5 +120,5 @@ class UnitLeaves:
                 gradient, grown.grad = grown.grad, None
                 self._on_gradient(self.layout.index, param, gradient)
 
-            leaf.register_post_accumulate_grad_hook(take)
+            leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
         return leaf

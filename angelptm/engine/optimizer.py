@@ -64,7 +64,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             )
         return kernels.lion_hyper(lr, group["betas"], group["weight_decay"], grad_scale=grad_scale)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Starts the update of every parameter that has a gradient. Raises NonFiniteError, and changes nothing, when a
         gradient is inf or NaN."""
         loss = None

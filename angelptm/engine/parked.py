@@ -32,18 +32,16 @@ class ParkedParameter(torch.Tensor):
         requires_grad: bool,
         gradient_is_paged: Callable[[], bool],
     ) -> ParkedParameter:
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
-        )
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
         self._is_param = True
         self.param_name = name
         self._gradient_is_paged = gradient_is_paged
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         parked = next(arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, cls))
@@ -56,14 +54,40 @@ class ParkedParameter(torch.Tensor):
                 parked.requires_grad,
                 parked._gradient_is_paged,
             )
-        raise ParkedError(
-            f"parameter {parked.param_name}: {func} needs its values, but it is not on the device now. "
+        raise parked._absent(str(func))
+
+    def _absent(self, what: str) -> ParkedError:
+        return ParkedError(
+            f"parameter {self.param_name}: {what} needs its values, but it is not on the device now. "
             "Use engine.gathered(parameter) to read or change it; inside the model, name the module that uses it "
             "in units.classes so that it is fetched in time."
         )
 
+    # What torch does not dispatch.
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise self._absent("numpy")
+
+    def tolist(self) -> Any:
+        raise self._absent("tolist")
+
+    def data_ptr(self) -> int:
+        raise self._absent("data_ptr")
+
+    def untyped_storage(self) -> Any:
+        raise self._absent("untyped_storage")
+
     @property
-    def grad(self) -> None:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
+        """Parked as well. Assignment raises ParkedError."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:  # noqa: ARG002
+        raise self._absent("assignment to data")
+
+    @property
+    def grad(self) -> None:
         """None without gradient. Raises ParkedError where there is one, since it lives in pages, not in a tensor."""
         if self._gradient_is_paged():
             raise ParkedError(

@@ -11,6 +11,7 @@ import torch
 
 from angelptm.device import Device
 from angelptm.engine.leaves import UnitLeaves
+from angelptm.engine.loading import loading
 from angelptm.engine.parked import ParkedParameter
 from angelptm.engine.updates import Updates
 from angelptm.errors import AngelPTMError, CapacityError
@@ -160,9 +161,7 @@ class Residency:
         ]
 
     def _blockers(self, offset: int, frames: int) -> list[int]:
-        return [
-            unit for unit in self._occupants(offset, frames) if self._units[unit].pins > 0 or self._on_device[unit]
-        ]
+        return [unit for unit in self._occupants(offset, frames) if self._units[unit].pins > 0 or self._on_device[unit]]
 
     def _evict_overlapping(self, offset: int, frames: int) -> None:
         for unit in self._occupants(offset, frames):
@@ -189,15 +188,10 @@ class Residency:
 
     def _load(self, unit: int, offset: int) -> None:
         start = offset * self._plan.page_bytes
-        mover = self._mover
-        try:
-            mover.begin_load(self._pages[unit].params)
-            while (page := mover.next_loaded()) is not None:
+        with loading(self._mover, self._pages[unit].params):
+            while (page := self._mover.next_loaded()) is not None:
                 index, address, size = page
                 self._device.copy_in(start + index * self._plan.page_bytes, address, size)
-        except BaseException:
-            mover.end_load()
-            raise
         self._units[unit].offset = offset
         self.peak_frames = max(self.peak_frames, self._used_frames())
 
@@ -224,8 +218,8 @@ class Residency:
     def restore(self, saved: SavedParameter) -> torch.Tensor:
         """The tensor behind a reference, fetched if it has left.
 
-        Raises AngelPTMError when the unit was updated meanwhile, where torch refuses too: the weights are not those that
-        the forward pass computed with.
+        Raises AngelPTMError when the unit was updated meanwhile, where torch refuses too: the weights are not those
+        that the forward pass computed with.
         """
         if self._units[saved.unit].version != saved.version:
             raise AngelPTMError(

@@ -93,8 +93,11 @@ def param_groups(
     """Optimizer groups with parameter names under ``params``.
 
     ``given`` are torch-style groups of the model's own parameters; without them the config's patterns decide, the first
-    that matches winning, and what is left forms a group with the top-level values.
+    that matches winning, and what is left forms a group with the top-level values. Raises AngelPTMError when there is
+    nothing to train.
     """
+    if not names:
+        raise AngelPTMError("the model has no parameter to train: requires_grad is False for all of them")
     if given is not None:
         groups = []
         for group in given:
@@ -112,11 +115,11 @@ def param_groups(
         return groups
     left = list(names)
     groups = []
-    for group in config.optimizer.groups:
-        members = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in group.params)]
-        left = [name for name in left if name not in set(members)]
-        if members:
-            groups.append({"params": members, **group.model_dump(include={"lr", "weight_decay"}, exclude_none=True)})
+    for own in config.optimizer.groups:
+        matching = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in own.params)]
+        left = [name for name in left if name not in set(matching)]
+        if matching:
+            groups.append({"params": matching, **own.model_dump(include={"lr", "weight_decay"}, exclude_none=True)})
     return ([{"params": left}] if left else []) + groups
 
 
@@ -137,4 +140,4 @@ def checkpoint_blocks(model: nn.Module, structure: Structure) -> None:
             def recomputed(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
                 return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
 
-            module.forward = recomputed  # type: ignore[method-assign]
+            module.forward = recomputed

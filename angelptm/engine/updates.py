@@ -61,7 +61,8 @@ class Updates:
 
     def submit(self, unit: int, updated: Sequence[tuple[int, int, int]], hypers: Sequence[native.Hyper]) -> None:
         """Updates parts of a unit. ``updated``: (start, end, hyper index) runs of elements, ascending and disjoint."""
-        assert self._updater is not None and unit not in self._tickets
+        assert self._updater is not None, "not closed"
+        assert unit not in self._tickets, "the gradients of a unit come after the wait for its former update"
         plan = self._plan.units[unit]
         work = [
             (self._first_span[unit] + span, segments)
@@ -69,9 +70,7 @@ class Updates:
             if segments
         ]
         if work:
-            self._tickets[unit] = self._updater.submit(
-                f"the update of unit {plan.layout.name}", work, list(hypers)
-            )
+            self._tickets[unit] = self._updater.submit(f"the update of unit {plan.layout.name}", work, list(hypers))
 
     def wait_for(self, unit: int) -> None:
         """Returns when the unit's last update is published; raises what went wrong in it."""

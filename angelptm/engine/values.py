@@ -9,6 +9,7 @@ import angelptm_native as native
 import torch
 
 from angelptm.device import Device
+from angelptm.engine.loading import loading
 from angelptm.engine.updates import Updates
 from angelptm.pages import PageIds
 from angelptm.plan import Plan
@@ -62,7 +63,7 @@ class Values:
         self._mover.drain()
 
     def read(self, unit: int, param: ParamLayout, *, master: bool = False) -> torch.Tensor:
-        """A copy of a parameter in compute precision, or of its fp32 master (a frozen one has none: its value, in fp32)."""
+        """A copy of a parameter in compute precision, or of its fp32 master, for which a frozen one has its value."""
         if master and not param.trainable:
             return self.read(unit, param).float()
         self._updates.wait_for(unit)
@@ -100,8 +101,8 @@ class Values:
         self._mover.drain()
 
     def _load(self, page: int) -> int:
-        self._mover.begin_load([page])
-        loaded = self._mover.next_loaded()
+        with loading(self._mover, [page]):
+            loaded = self._mover.next_loaded()
         assert loaded is not None, "one page was asked for"
         return loaded[1]
 

@@ -36,7 +36,7 @@ def init_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -58,14 +58,12 @@ def materialize(
         weights = source if weights is None else weights
         source = _config_of(read_config_json(Path(source)))
     with init_on_meta():
-        if callable(source):
-            model = source()
-        else:
-            model = (build or _auto_model)(source)
+        model: nn.Module = source() if callable(source) else (build or _auto_model)(source)
     values: ValueSource = InitializedValues(seed)
     if weights is not None:
         prefix = getattr(model, "base_model_prefix", "")
-        values = SafetensorsValues(Path(weights), ("", f"{prefix}.") if prefix else ("",))
+        values = SafetensorsValues(Path(weights), f"{prefix}." if prefix else "")
+        values.load_buffers(model)
     setattr(model, _SOURCE, values)
     return model
 
@@ -107,7 +105,9 @@ def _auto_model(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if not hasattr(config, "model_type"):
-        raise TypeError(f"source: found {type(config).__name__}, expected a transformers config, a folder or a callable")
+        raise TypeError(
+            f"source: found {type(config).__name__}, expected a transformers config, a folder or a callable"
+        )
     auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     model: nn.Module = auto.from_config(config, dtype=torch.float32)
     return model

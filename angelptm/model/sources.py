@@ -20,6 +20,9 @@ from angelptm.units import UnitLayout
 class ValueSource(Protocol):
     """Gives the values of one unit at a time; ``values`` maps parameter names to CPU tensors of their shapes."""
 
+    in_model: bool
+    """Whether the values are in the model, which holds each until it is replaced; else it is on the meta device."""
+
     def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]: ...
 
 
@@ -29,6 +32,8 @@ def _owner(model: nn.Module, owner: tuple[str, str]) -> tuple[nn.Module, str]:
 
 class ExistingValues:
     """The values that the model holds now."""
+
+    in_model = True
 
     def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:
         found = {}
@@ -50,7 +55,10 @@ class InitializedValues:
     A unit's values so depend on nothing but the seed and the architecture; they differ from those of a whole model that
     is initialized in one go with the same seed. transformers models use their ``_init_weights``, called on every module
     of the unit and then on the modules around it; other models ``reset_parameters`` of each module that has parameters.
+    The parameters of other units must be on the meta device meanwhile, where initializing them does nothing.
     """
+
+    in_model = False
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -105,7 +113,7 @@ def _modules_inside_out(model: nn.Module, unit: UnitLayout) -> Iterator[tuple[st
 
 
 def _initialize(model: nn.Module, name: str, module: nn.Module) -> None:
-    initializer = None
+    initializer: Any = None
     parts = name.split(".") if name else []
     for length in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:length]))
@@ -123,11 +131,13 @@ def _initialize(model: nn.Module, name: str, module: nn.Module) -> None:
 class SafetensorsValues:
     """Values from a folder of ``*.safetensors``, as transformers writes them; only one unit is in memory at a time."""
 
-    def __init__(self, folder: Path, prefixes: tuple[str, ...] = ("",)) -> None:
-        """Reads the files' headers. ``prefixes`` are tried in front of a parameter's name, for checkpoints that were
-        saved with or without the outer model's name. Raises DataError."""
+    in_model = False
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        """Reads the files' headers. ``prefix`` is the name of the model inside the outer one ("transformer."), with or
+        without which the files may have been saved. Raises DataError."""
         self._folder = folder
-        self._prefixes = prefixes
+        self._prefix = prefix
         self._file_of: dict[str, Path] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -139,23 +149,41 @@ class SafetensorsValues:
             except (SafetensorError, OSError) as error:
                 raise DataError(str(file), f"an unreadable file ({error})", "a safetensors file") from error
 
-    def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:
+    def _key(self, name: str) -> str | None:
+        """What the files call a tensor of the model."""
+        spellings = [name, self._prefix + name]
+        if self._prefix and name.startswith(self._prefix):
+            spellings.append(name.removeprefix(self._prefix))
+        return next((spelling for spelling in spellings if spelling in self._file_of), None)
+
+    def _read(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+        with safe_open(self._file_of[key], framework="pt") as content:
+            value: torch.Tensor = content.get_tensor(key)
+        if tuple(value.shape) != shape:
+            raise DataError(str(self._file_of[key]), f"{key} of shape {tuple(value.shape)}", f"shape {shape}")
+        return value
+
+    def load_buffers(self, model: nn.Module) -> None:
+        """Copies the persistent buffers that the files have into the model, which keeps its own for the others."""
+        params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name, buffer in model.state_dict().items():
+            if name not in params and isinstance(buffer, torch.Tensor) and (key := self._key(name)) is not None:
+                buffer.copy_(self._read(key, tuple(buffer.shape)))
+
+    def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
         found: dict[str, torch.Tensor] = {}
         for param in unit.params:
             names = [f"{module}.{attribute}" if module else attribute for module, attribute in param.owners]
-            key = next((p + n for n in names for p in self._prefixes if p + n in self._file_of), None)
+            key = next((key for key in map(self._key, names) if key is not None), None)
             if key is None:
                 known = ", ".join(list(self._file_of)[:3])
                 raise DataError(
-                    str(self._folder), f"no tensor {param.name}", "every parameter of the model", f"It has: {known}, ..."
+                    str(self._folder),
+                    f"no tensor {param.name}",
+                    "every parameter of the model",
+                    f"It has: {known}, ...",
                 )
-            with safe_open(self._file_of[key], framework="pt") as content:
-                value = content.get_tensor(key)
-            if tuple(value.shape) != param.shape:
-                raise DataError(
-                    str(self._file_of[key]), f"{key} of shape {tuple(value.shape)}", f"shape {param.shape}"
-                )
-            found[param.name] = value
+            found[param.name] = self._read(key, param.shape)
         return found
 
 

@@ -21,11 +21,13 @@ from .models import loss_of
 class Reference:
     """A deep copy of a model, fp32 masters and moments as flat arrays, and plain autograd.
 
-    Nothing of the engine takes part but the order of the parameters in their units, which defines the order of summation
-    in the global gradient norm.
+    Nothing of the engine takes part but the order of the parameters in their units, which defines the order of
+    summation in the global gradient norm.
     """
 
-    def __init__(self, model: nn.Module, config: Config, settings: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, settings: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    ) -> None:
         """``settings``: (fnmatch pattern on names, hyperparameters); the first match replaces those of the config."""
         self.model = copy.deepcopy(model)
         self.config = config

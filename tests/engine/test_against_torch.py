@@ -17,7 +17,7 @@ BOUND = 1e-6
 
 def _has_zero_gradient(family: Family, name: str) -> bool:
     """Key biases shift all scores of a query by one number, which softmax ignores: their true gradient is exactly zero,
-    so what is computed is rounding noise, and Adam scales noise up to steps of size lr. GPT-2's c_attn.bias holds them."""
+    so what is computed is rounding noise, and Adam scales noise up to steps of size lr. They are in c_attn.bias."""
     return family is GPT2 and name.endswith("attn.c_attn.bias")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .conftest import MakeBoth, MakeEngine
-from .models import FAMILIES, GPT2, PLAIN, Block, Family
+from .models import FAMILIES, GPT2, PLAIN, T5, Block, Family
 from .training import assert_same_parameters, assert_same_values, train, train_both
 
 STEPS = 6
@@ -20,7 +20,10 @@ STEPS = 6
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_configured_checkpointing_equals_training_without(family: Family, make_both: MakeBoth) -> None:
-    engine, reference = make_both(family.model(), gradient_checkpointing=True)
+    model = family.model()
+    engine, reference = make_both(model, gradient_checkpointing=True)
+    if family is T5:  # Whose gradients round differently with checkpointing, also without any engine.
+        reference.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     train_both(engine, reference, family, STEPS)
     assert_same_parameters(engine, reference)
 
