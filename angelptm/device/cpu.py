@@ -7,10 +7,7 @@ import mmap
 import angelptm_native as native
 import torch
 
-
-# Activations and gradients of this device are blocks of malloc. By default glibc keeps freed blocks of up to 32 MiB for
-# later; with a model of 355 M parameters that held 440 MiB that nothing used.
-_RETURN_AT_LEAST_BYTES = 2**20
+from angelptm.device.heap import return_freed_blocks
 
 
 class CpuDevice:
@@ -21,7 +18,7 @@ class CpuDevice:
         self.arena_bytes = arena_bytes
         self.read_bytes = 0
         self.written_bytes = 0
-        native.return_freed_blocks(_RETURN_AT_LEAST_BYTES)
+        return_freed_blocks()
         self._memory = mmap.mmap(-1, arena_bytes)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()

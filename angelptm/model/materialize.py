@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from angelptm.config import Config
+from angelptm.device.heap import return_freed_blocks
 from angelptm.errors import ConfigError
 from angelptm.model.sources import (
     ExistingValues,
@@ -29,6 +30,7 @@ def init_on_meta() -> Iterator[None]:
 
     So that a model of any size can be built: no more than one parameter is in memory at a time.
     """
+    return_freed_blocks()  # each parameter is a block that comes and goes
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -120,7 +120,10 @@ void bind_pages(py::module_& module) {
       "return_freed_blocks",
       [](int at_least_bytes) {
         // Setting one of them also stops glibc from raising both by itself, up to 32 MiB, as blocks are freed.
-        return mallopt(M_MMAP_THRESHOLD, at_least_bytes) == 1 && mallopt(M_TRIM_THRESHOLD, at_least_bytes) == 1;
+        const bool set =
+            mallopt(M_MMAP_THRESHOLD, at_least_bytes) == 1 && mallopt(M_TRIM_THRESHOLD, at_least_bytes) == 1;
+        malloc_trim(0);
+        return set;
       },
       py::arg("at_least_bytes"));
   module.def(
