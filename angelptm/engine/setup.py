@@ -55,15 +55,22 @@ def existing_folder(path: Path) -> Path:
     return path
 
 
+def _free_bytes(folders: Sequence[Path]) -> list[int]:
+    """Free space for each folder as it is now; folders on one file system share it in equal parts."""
+    existing = [existing_folder(folder) for folder in folders]
+    devices = [folder.stat().st_dev for folder in existing]
+    return [shutil.disk_usage(folder).free // devices.count(device) for folder, device in zip(existing, devices)]
+
+
 def budgets_of(config: Config) -> Budgets:
     """The config's budgets, with the disks' free space as it is now."""
+    free = _free_bytes([folder.path for folder in config.tiers.ssd])
     return Budgets(
         page_bytes=config.page_size,
         device_bytes=config.tiers.device,
         host_bytes=config.tiers.host,
         ssd=tuple(
-            SsdBudget(str(folder.path), folder.size, shutil.disk_usage(existing_folder(folder.path)).free)
-            for folder in config.tiers.ssd
+            SsdBudget(str(folder.path), folder.size, available) for folder, available in zip(config.tiers.ssd, free)
         ),
         param=config.placement.param,
         grad=config.placement.grad,
