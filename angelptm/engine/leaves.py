@@ -10,6 +10,7 @@ from torch import nn
 
 from angelptm.device import Device
 from angelptm.engine.parked import ParkedParameter
+from angelptm.errors import AngelPTMError
 from angelptm.units import ParamLayout, UnitLayout
 
 
@@ -86,11 +87,22 @@ class UnitLeaves:
                 self._slots.append(_Slot(model.get_submodule(module_name), attribute, parked, param))
 
     def place(self, arena_offset: int) -> None:
-        """Puts the leaves at ``arena_offset`` (bytes) into the modules. The unit must be resident there."""
+        """Puts the leaves at ``arena_offset`` (bytes) into the modules. The unit must be resident there.
+
+        They have the requires_grad that the user gives the parked ones. Raises AngelPTMError where that asks for the
+        gradient of a parameter without states.
+        """
         if self.placed:
             return
         first: dict[str, nn.Parameter] = {}
+        for slot in self._slots:
+            if slot.parked.requires_grad and not slot.layout.trainable:
+                raise AngelPTMError(
+                    f"parameter {slot.layout.name}: requires_grad is True, but it was frozen when the engine was made, "
+                    "so it has neither gradients nor states. Set it before initialize."
+                )
         for slot, leaf in zip(self._slots, self._leaves_at(arena_offset)):
+            leaf.requires_grad = slot.parked.requires_grad
             name = slot.layout.name
             shared = self._one_leaf or self._gradient_is_paged(name)
             put(slot.module, slot.attribute, first.setdefault(name, leaf) if shared else leaf)

@@ -101,8 +101,8 @@ class Residency:
     def pin(self, unit: int) -> None:
         """Fetches a unit and places it in its modules, until as many calls of ``unpin``."""
         self.fetch(unit)
-        self._units[unit].pins += 1
         self._leaves[unit].place(self.arena_offset(unit))
+        self._units[unit].pins += 1
 
     def unpin(self, unit: int) -> None:
         state = self._units[unit]

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from angelptm.engine import Engine
+from angelptm.errors import AngelPTMError
 
 from .conftest import MakeBoth, MakeEngine
 from .models import GPT2, PLAIN, loss_of
@@ -151,6 +152,29 @@ def test_clip_grad_norm_of_the_engine_clips_the_next_step(make_both: MakeBoth) -
     assert_same_parameters(plain, reference)
     train(engine, GPT2, 3)
     assert_same_parameters(engine, reference)
+
+
+def test_parameters_frozen_and_thawed_between_steps(make_both: MakeBoth) -> None:
+    engine, reference = make_both(GPT2.model())
+    for step, trains in enumerate([True, False, False, True]):
+        for model in (engine.module, reference.model):
+            for name, param in model.named_parameters():
+                if "h.0" in name or "wte" in name:
+                    param.requires_grad_(trains)
+        train_both(engine, reference, GPT2, 1, first=step)
+    assert engine._steps_of == reference.steps
+    assert engine._steps_of["transformer.wte.weight"] == 2
+    assert_same_parameters(engine, reference)
+
+
+def test_parameter_frozen_from_the_start_cannot_be_thawed(make_engine: MakeEngine) -> None:
+    model = GPT2.model()
+    model.transformer.wpe.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    engine = make_engine(model)
+    engine.module.get_parameter("transformer.wpe.weight").requires_grad_(True)
+    for _ in range(2):
+        with pytest.raises(AngelPTMError, match=r"transformer\.wpe\.weight.*frozen when the engine was made"):
+            engine(**GPT2.batch(0))
 
 
 class Branching(nn.Module):
