@@ -22,7 +22,6 @@ if sanitizer := os.environ.get("ANGELPTM_SANITIZE"):  # "thread" or "address"
     link_args += [f"-fsanitize={sanitizer}"]
 
 
-
 def stale(object_file: str, source_file: str) -> bool:
     """Whether an object is older than its source or any header."""
     if not os.path.exists(object_file):

@@ -30,7 +30,7 @@ class CpuDevice:
         return torch.as_strided(whole, shape, stride, offset // dtype.itemsize)
 
     def copy_in(self, offset: int, host_address: int, size: int) -> None:
-        assert 0 <= offset and offset + size <= self.arena_bytes
+        assert 0 <= offset <= self.arena_bytes - size, "a copy stays inside the arena"
         native.copy_bytes(self._base + offset, host_address, size)
         self.written_bytes += size
 

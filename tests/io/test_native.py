@@ -13,7 +13,7 @@ from pathlib import Path
 
 import angelptm_native as native
 import pytest
-from conftest import patterned
+from .conftest import patterned
 
 import io_engine
 from io_engine import AlignedBuffer, File, IoError
