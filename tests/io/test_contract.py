@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from .conftest import DEADLINE_SECONDS, patterned
 
 import io_engine
 from io_engine import AlignedBuffer, Engine, FaultPlan, File, IoError
+
+from .conftest import DEADLINE_SECONDS, patterned
 
 Maker = Callable[..., File]
 Opener = Callable[..., Engine]

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import angelptm_native as native
 import pytest
-from .conftest import patterned
 
 import io_engine
 from io_engine import AlignedBuffer, File, IoError
+
+from .conftest import patterned
 
 BACKENDS = (native.Backend.URING, native.Backend.THREADS)
 KIB, MIB = 1 << 10, 1 << 20

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import angelptm_native as native
 import pytest
-
 from pages.pool import BACKENDS, works
 
 

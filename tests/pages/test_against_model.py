@@ -8,7 +8,6 @@ from pathlib import Path
 import angelptm_native as native
 import numpy as np
 import pytest
-
 from pages.pool import PAGE, content, load, make_store, slots_in_files, view, write
 
 SURVIVABLE = native.FaultPlan(

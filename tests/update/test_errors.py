@@ -16,10 +16,10 @@ import angelptm_native as native
 import numpy as np
 import pytest
 from pages.pool import PAGE, load, make_store
+from update.harness import DEADLINE, F32, HOST, SSD, Spans, hypers_of
 
 from angelptm import kernels
 from io_engine.errors import IoError
-from update.harness import DEADLINE, F32, HOST, SSD, Spans, hypers_of
 
 ALONE = [(SSD, HOST, HOST), (SSD, HOST, None), (SSD, HOST, HOST)] * 3
 
