@@ -41,7 +41,7 @@ def train(
 def show_result(result: RunResult, console: Console) -> None:
     """Losses, a sample, the tiers' table and the run folder."""
     if result.sample is not None:
-        console.print(Panel(Text(result.sample), title="sample: a prompt from the validation set, then the model"))
+        console.print(Panel(Text(result.sample), title="sample: the prompt, then what the model writes"))
     table = Table(title="tiers: what was allowed, used and moved while training")
     for column in ("tier", "budget", "peak", "read", "written"):
         table.add_column(column, justify="left" if column == "tier" else "right")

@@ -7,7 +7,7 @@ import mmap
 import angelptm_native as native
 import torch
 
-from angelptm.device.heap import return_freed_blocks
+from angelptm.heap import return_freed_blocks
 
 
 class CpuDevice:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from angelptm.config import Config
-from angelptm.device.heap import return_freed_blocks
 from angelptm.errors import ConfigError
+from angelptm.heap import return_freed_blocks
 from angelptm.model.sources import (
     ExistingValues,
     InitializedValues,

@@ -196,9 +196,11 @@ def _evaluate(engine: Engine, validation: TokenBatches | None, config: Config, r
 
 
 def _sample(engine: Engine, batches: TokenBatches, config: Config, reporter: Reporter) -> str:
-    """Text that the model writes after the beginning of a sample it was not trained on."""
+    """Text that the model writes after the configured prompt, or after the beginning of a held-out sample."""
     tokenizer = open_tokenizer(config.data.tokenizer)
     prompt = batches.batch(0)["input_ids"][:1, :_PROMPT_TOKENS]
+    if config.training.sample_prompt is not None:
+        prompt = torch.tensor([tokenizer.encode_text(config.training.sample_prompt)])
     longest = getattr(engine.module.config, "max_position_embeddings", None) or 2**31
     engine.module.eval()
     with reporter.working("writing a sample"), torch.random.fork_rng(devices=[]):

@@ -22,10 +22,12 @@ LAYERS: dict[str, str] = {
     "angelptm.units": "angelptm.errors angelptm.units.layout",
     "angelptm.plan": "angelptm.sizes angelptm.errors angelptm.units.layout",
     "angelptm.kernels": "angelptm_native",
+    "angelptm.heap": "angelptm_native",
     "angelptm.pages": "angelptm.errors angelptm.plan angelptm_native",
-    "angelptm.device": "angelptm.errors angelptm_native",
+    "angelptm.device": "angelptm.errors angelptm.heap angelptm_native",
     "angelptm.data": "angelptm.errors angelptm.sizes angelptm.config",
-    "angelptm.model": "angelptm.errors angelptm.sizes angelptm.config angelptm.units angelptm.model.presets",
+    "angelptm.model": "angelptm.errors angelptm.sizes angelptm.heap angelptm.config angelptm.units "
+    "angelptm.model.presets",
     "angelptm.engine": "angelptm.errors angelptm.sizes angelptm.config angelptm.units angelptm.plan angelptm.kernels "
     "angelptm.pages angelptm.device angelptm.model angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.config angelptm.units angelptm.plan angelptm.data "

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import angelptm_native as native
 import pytest
-from pages.pool import BACKENDS, works
+
+from .pool import BACKENDS, works
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name.lower())

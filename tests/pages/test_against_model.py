@@ -8,7 +8,8 @@ from pathlib import Path
 import angelptm_native as native
 import numpy as np
 import pytest
-from pages.pool import PAGE, content, load, make_store, slots_in_files, view, write
+
+from .pool import PAGE, content, load, make_store, slots_in_files, view, write
 
 SURVIVABLE = native.FaultPlan(
     seed=3, short_transfer=0.3, eintr=0.2, eagain=0.05, delay=0.1, delay_seconds=0.001, reorder=True

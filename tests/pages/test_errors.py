@@ -13,9 +13,10 @@ from typing import Any
 import angelptm_native as native
 import numpy as np
 import pytest
-from pages.pool import PAGE, content, load, make_store, slots_in_files, view, write
 
 from io_engine.errors import IoError
+
+from .pool import PAGE, content, load, make_store, slots_in_files, view, write
 
 
 def fails(**faults: Any) -> native.FaultPlan:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pages.conftest import backend
+from ..pages.conftest import backend
 
 __all__ = ["backend"]

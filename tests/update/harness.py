@@ -9,9 +9,10 @@ from pathlib import Path
 
 import angelptm_native as native
 import numpy as np
-from pages.pool import PAGE, load, make_store, view, write
 
 from angelptm import kernels
+
+from ..pages.pool import PAGE, load, make_store, view, write
 
 HOST, SSD = native.Home.HOST, native.Home.SSD
 F32, BF16 = native.DType.F32, native.DType.BF16

@@ -15,11 +15,12 @@ from typing import Any
 import angelptm_native as native
 import numpy as np
 import pytest
-from pages.pool import PAGE, load, make_store
-from update.harness import DEADLINE, F32, HOST, SSD, Spans, hypers_of
 
 from angelptm import kernels
 from io_engine.errors import IoError
+
+from ..pages.pool import PAGE, load, make_store
+from .harness import DEADLINE, F32, HOST, SSD, Spans, hypers_of
 
 ALONE = [(SSD, HOST, HOST), (SSD, HOST, None), (SSD, HOST, HOST)] * 3
 
@@ -147,7 +148,7 @@ EXIT = """
 import sys
 from pathlib import Path
 import angelptm_native as native
-from update.harness import HOST, SSD, Spans
+from tests.update.harness import HOST, SSD, Spans
 
 faults = native.FaultPlan(seed=1, **{faults})
 spans = Spans(Path(sys.argv[1]), [(SSD, HOST, HOST)] * 20, threads=2, faults=faults, blank=True)
@@ -167,7 +168,7 @@ EIO, SLOW = "{'eio': 1.0}", "{'delay': 1.0, 'delay_seconds': 0.3}"
 )
 def test_process_ends_though_updates_failed_or_are_under_way(tmp_path: Path, faults: str, end: str) -> None:
     code = EXIT.format(faults=faults, end=end)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     result = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}", str(tmp_path)],
         capture_output=True,

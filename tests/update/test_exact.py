@@ -7,9 +7,10 @@ from pathlib import Path
 import angelptm_native as native
 import numpy as np
 import pytest
-from update.harness import BF16, DEADLINE, F32, HOST, SSD, Spans
 
 from angelptm import kernels
+
+from .harness import BF16, DEADLINE, F32, HOST, SSD, Spans
 
 Homes = list[tuple[native.Home, native.Home, native.Home | None]]
 HOMES: dict[str, Homes] = {

@@ -136,6 +136,11 @@ class Training(Section):
     eval_batches: int = Field(default=8, ge=1, description="Micro-batches in one evaluation.")
     log_every: int = Field(default=1, ge=1, description="Optimizer steps between log lines.")
     sample_tokens: int = Field(default=0, ge=0, description="Tokens of sample text to generate at the end.")
+    sample_prompt: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Text that the sample starts with. null: the start of a held-out sample.",
+    )
     threads: int | None = Field(default=None, ge=1, description="torch intra-op threads. null: torch's choice.")
 
 
