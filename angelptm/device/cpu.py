@@ -7,18 +7,18 @@ import mmap
 import angelptm_native as native
 import torch
 
-from angelptm.heap import return_freed_blocks
+from angelptm.heap import RETURN_AT_LEAST_BYTES, return_freed_blocks
 
 
 class CpuDevice:
     """An arena of exactly ``arena_bytes`` in anonymous memory, committed by use. See :class:`Device`."""
 
-    def __init__(self, arena_bytes: int) -> None:
+    def __init__(self, arena_bytes: int, return_freed_bytes: int = RETURN_AT_LEAST_BYTES) -> None:
         self.torch_device = torch.device("cpu")
         self.arena_bytes = arena_bytes
         self.read_bytes = 0
         self.written_bytes = 0
-        return_freed_blocks()
+        return_freed_blocks(return_freed_bytes)
         self._memory = mmap.mmap(-1, arena_bytes)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()

@@ -86,7 +86,7 @@ class Engine:
         )
         for note in self._store.notes:
             _log.info("%s", note)
-        self._device = CpuDevice(self.plan.device_frames * self.plan.page_bytes)
+        self._device = CpuDevice(self.plan.device_frames * self.plan.page_bytes, config.tiers.return_freed)
         pages = allocate_pages(self._store, self.plan)
         self._updates = Updates(
             self._store,
