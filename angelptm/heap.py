@@ -13,7 +13,7 @@ _MOST_BYTES = 32 * 2**20
 
 
 def return_freed_blocks(at_least_bytes: int = RETURN_AT_LEAST_BYTES) -> None:
-    """From now on blocks of that size and more go back to the system when they are freed; what is free now goes at once.
+    """From now on freed blocks of that size and more go back to the system; what is free now goes at once.
 
     For the whole process. Tensors on the CPU and the activations of the emulated device are such blocks. A block that
     comes back later is fresh memory, which the system has to clear first: that is the price.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from angelptm.config.schema import Schedule
@@ -21,7 +23,7 @@ def test_decay_falls_from_one_to_the_floor(shape: str) -> None:
     found = factors(Schedule(type=shape, warmup_steps=2, min_lr_ratio=0.1))
     assert found[2] == 1.0
     assert found[-1] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(found[2:], found[3:]))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(found[2:]))
 
 
 def test_schedule_without_any_steps_left_stays_at_the_floor() -> None:
