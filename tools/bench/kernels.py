@@ -40,6 +40,10 @@ from angelptm import kernels
 BF16, F32 = native.DType.BF16, native.DType.F32
 ITEMSIZE = {F32: 4, BF16: 2}
 NAME = {F32: "fp32", BF16: "bf16"}
+# torch's OpenMP threads go on spinning for a while after its kernel and take a core from whatever runs next: without the
+# pause, two threads of the kernel that follows torch came out at 0.6 to 0.8 of the ceiling, and with it at 1.0.
+_SETTLE_SECONDS = 0.25
+
 CASES = [(F32, BF16), (BF16, BF16), (F32, F32), (BF16, F32)]  # gradient, parameters
 HUGE_PAGE_BYTES = 2 << 20
 CACHE_LINE_ELEMENTS = 32  # of bfloat16, so that every thread's part of every array starts on a line of 64 bytes
@@ -195,6 +199,7 @@ def _case(
         arrays.refill()
         names = list(runs)
         for name in names[number % len(names) :] + names[: number % len(names)]:  # Nobody always follows the same.
+            time.sleep(_SETTLE_SECONDS)
             begin = time.perf_counter()
             runs[name]()
             if number:
