@@ -27,7 +27,7 @@ $(VENV)/.installed: $(BIN)/python constraints.txt pyproject.toml setup.py
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' \
 		|| { echo "error: no Python.h; on Debian: apt-get install python3-dev"; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	ANGELPTM_REGISTER_ONLY=1 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)

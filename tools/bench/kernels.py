@@ -40,8 +40,8 @@ from angelptm import kernels
 BF16, F32 = native.DType.BF16, native.DType.F32
 ITEMSIZE = {F32: 4, BF16: 2}
 NAME = {F32: "fp32", BF16: "bf16"}
-# torch's OpenMP threads go on spinning for a while after its kernel and take a core from whatever runs next: without the
-# pause, two threads of the kernel that follows torch came out at 0.6 to 0.8 of the ceiling, and with it at 1.0.
+# torch's OpenMP threads go on spinning for a while after its kernel and take a core from whatever runs next: without
+# the pause, two threads of the kernel that follows torch came out at 0.6 to 0.8 of the ceiling, and with it at 1.0.
 _SETTLE_SECONDS = 0.25
 
 CASES = [(F32, BF16), (BF16, BF16), (F32, F32), (BF16, F32)]  # gradient, parameters
