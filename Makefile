@@ -27,11 +27,13 @@ $(VENV)/.installed: $(BIN)/python constraints.txt pyproject.toml setup.py
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' \
 		|| { echo "error: no Python.h; on Debian: apt-get install python3-dev"; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11
-	ANGELPTM_REGISTER_ONLY=1 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# Installing has built it already; this is for sources that changed since.
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@if [ -n "$$(find csrc -newer $(VENV)/.installed)" ]; then \
+		echo "building the native module"; $(BIN)/python setup.py --quiet build_ext --inplace; fi
 	@touch $@
 
 setup: $(VENV)/.built

@@ -32,15 +32,16 @@ def stale(object_file: str, source_file: str) -> bool:
 
 ParallelCompile("ANGELPTM_BUILD_JOBS", default=os.cpu_count() or 1, needs_recompile=stale).install()
 
-native = Pybind11Extension(
-    "angelptm_native",
-    sources,
-    include_dirs=["csrc"],
-    depends=headers,
-    cxx_std=20,
-    extra_compile_args=compile_args,
-    extra_link_args=link_args,
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "angelptm_native",
+            sources,
+            include_dirs=["csrc"],
+            depends=headers,
+            cxx_std=20,
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
+        )
+    ]
 )
-
-# The Makefile registers the package first and then builds in place, so that sources are compiled once.
-setup(ext_modules=[] if os.environ.get("ANGELPTM_REGISTER_ONLY") else [native])
