@@ -269,7 +269,12 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
 def test_resolved_yaml_loads_to_an_equal_config_with_exact_sizes() -> None:
     config = load_config(BASE, ["tiers.host=100000001", "optimizer.type=lion", "placement.states=0.25"])
     content = yaml.safe_load(config.resolved_yaml())
-    assert content["tiers"] == {"device": "24MiB", "host": 100000001, "ssd": [{"path": "/nvme", "size": None}]}
+    assert content["tiers"] == {
+        "device": "24MiB",
+        "host": 100000001,
+        "ssd": [{"path": "/nvme", "size": None}],
+        "return_freed": "1MiB",
+    }
     assert load_config(content) == config
     assert load_config(content).hash == config.hash
 
