@@ -22,7 +22,8 @@ class RunFolder:
     def __init__(self, path: Path | None) -> None:
         self.path = (path or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self._kept = False
+        self.kept = False
+        """Whether the run has started, so that the folder stays whatever happens."""
         self._metrics: IO[str] | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ class RunFolder:
 
     def keep(self, config: Config, plan: dict[str, Any]) -> None:
         """The run starts: records what it is, and opens the metrics."""
-        self._kept = True
+        self.kept = True
         (self.path / "result.json").unlink(missing_ok=True)
         self._write("config.yaml", config.resolved_yaml())
         self._write("plan.json", json.dumps(plan, indent=2))
@@ -63,7 +64,7 @@ class RunFolder:
     def discard(self) -> None:
         """Removes the folders that did not exist before, unless the run had started."""
         self.close()
-        if self._kept:
+        if self.kept:
             return
         if self._made and self._made[0] == self.path:
             shutil.rmtree(self.path, ignore_errors=True)

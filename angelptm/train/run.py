@@ -42,6 +42,10 @@ def train(config: Config, reporter: Reporter) -> RunResult:
     folder = RunFolder(config.run_dir)
     try:
         return _train(model, config, folder, reporter)
+    except KeyboardInterrupt:
+        reporter.end()
+        reporter.say(f"stopped; what happened until then is in {folder.path}" if folder.kept else "stopped")
+        raise
     finally:
         reporter.end()
         folder.discard()

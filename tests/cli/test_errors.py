@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +91,25 @@ def test_loss_that_is_no_number_stops_the_run_and_keeps_the_record(
     assert "last good step" in outcome.err
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") >= 1
     assert not (tmp_path / "run" / "result.json").exists()
+    assert not list((tmp_path / "ssd").iterdir())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_stopped_run_says_so_and_keeps_its_record(name: str, config_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "angelptm.cli.main", "train", str(config_file), "--set", "training.steps=100000"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "the run does not start"
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"stopped; what happened until then is in {tmp_path / 'run'}" in output
+    assert "Traceback" not in output
+    assert all(json.loads(line)["step"] for line in metrics.read_text().splitlines())
     assert not list((tmp_path / "ssd").iterdir())
 
 
