@@ -121,7 +121,7 @@ class Engine:
         self._residency = Residency(self.plan, pages, self._store, self._device, self._leaves, self._updates)
         if config.gradient_checkpointing:
             checkpoint_blocks(model, structure)
-        self._hooks = Hooks(model, structure.sites, self._residency, self._dtype, lambda: None)
+        self._hooks = Hooks(model, structure.sites, self._residency, self._dtype)
         self._traffic = Traffic(self._store, self._device, self._updates)
         parked = {name: self._leaves[unit].parked[name] for name, (unit, _) in self._params.items()}
         self.optimizer = PagedOptimizer(
@@ -211,7 +211,7 @@ class Engine:
                 f"step {self.global_step}: a gradient is inf or NaN. Parameters and states are those of the last good "
                 "step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
             )
-        grad_scale = 1.0
+        grad_scale, self.grad_norm = 1.0, None
         if max_norm is not None:
             self.grad_norm = self._gradients.norm()
             grad_scale = min(1.0, max_norm / (self.grad_norm + 1e-6))

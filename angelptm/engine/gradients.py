@@ -116,6 +116,8 @@ class Gradients:
         while len(self._open) >= self._max_open:
             self._spill(next(iter(self._open)))
         while (frame := self._mover.try_staging_frame()) is None:
+            if not self._open:
+                return self._mover.staging_frame()  # raises, and says what is missing
             self._spill(next(iter(self._open)))
         return frame
 
@@ -155,15 +157,15 @@ class Gradients:
     def finite(self) -> bool:
         return self._finite
 
-    def norm(self, scale: float = 1.0) -> float:
-        """The global L2 norm of the accumulated gradients times ``scale``; independent of pages and tiers."""
+    def norm(self) -> float:
+        """The global L2 norm of the accumulated gradients; independent of pages and tiers."""
         total = 0.0
         for plan, unit in zip(self._plan.units, self._units):
             for param in plan.layout.params:
                 if sums := unit.norms.get(param.name):
                     first = min(sums)
                     total += native.tree_sum([sums[page] for page in sorted(sums)], first)
-        return float(total**0.5) * scale
+        return float(total**0.5)
 
     def forget(self, unit: int) -> None:
         """The updater has the unit's gradients: the next one starts afresh."""

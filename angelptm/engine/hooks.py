@@ -77,11 +77,9 @@ class Hooks:
         sites: Sequence[Site],
         residency: Residency,
         compute_dtype: torch.dtype,
-        on_backward_end: Callable[[], None],
     ) -> None:
         self._residency = residency
         self._compute_dtype = compute_dtype
-        self._on_backward_end = on_backward_end
         self._in_backward = False
         self._depth = 0
         self._pinned: list[tuple[nn.Module, int]] = []  # and autograd's sequence number when it was entered
@@ -229,7 +227,6 @@ class Hooks:
         self._in_backward = False
         self.backward_seconds += time.perf_counter() - self._backward_start
         self._residency.leave_backward()
-        self._on_backward_end()
 
     def abandon_backward(self) -> None:
         """Ends a backward pass whose end was never called because it broke off in an exception."""

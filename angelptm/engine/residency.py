@@ -66,8 +66,6 @@ class Residency:
         self.fetch_count = 0
         self.off_plan_count = 0
         self.peak_frames = self._used_frames()
-        self.order: list[int] = []
-        """Units in the order of their uses; cleared by whoever reads it."""
 
     def _used_frames(self) -> int:
         return sum(state.frames for state in self._units if state.offset is not None)
@@ -90,7 +88,6 @@ class Residency:
         """Makes a unit resident with its newest parameters; returns when they are there."""
         state = self._units[unit]
         self._updates.wait_for(unit)
-        self.order.append(unit)
         if state.offset is not None:
             return
         start = time.perf_counter()

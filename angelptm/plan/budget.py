@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from angelptm.errors import CapacityError
 from angelptm.plan.arena import ArenaPlacement, needed_frames, place_units, windows_of
 from angelptm.sizes import format_bytes
-from angelptm.units.layout import UnitLayout, align_up
+from angelptm.units.layout import UnitLayout
 
 _STATE_ITEMSIZE = 4
-_SECTOR = 4096
 _MIN_STAGING = 2
 _AUTO_RING_DEPTH = 3
 
@@ -424,8 +423,3 @@ def _kind_bytes(units: Sequence[UnitPlan], page_bytes: int, moment_count: int) -
         for home in unit.frozen_homes:
             pages["PARAM"][home] += page_bytes
     return pages
-
-
-def sectors(used_bytes: int) -> int:
-    """Bytes that travel for a page with ``used_bytes`` of content."""
-    return align_up(used_bytes, _SECTOR)
