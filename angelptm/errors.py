@@ -56,3 +56,37 @@ class NonFiniteError(AngelPTMError):
 
 class ParkedError(AngelPTMError):
     """A parameter's values were asked for while they are not on the device."""
+
+
+class CheckpointError(AngelPTMError):
+    """A checkpoint, or a part of it, cannot be used. Nothing was changed."""
+
+    def __init__(self, path: str, found: str, expected: str, remedy: str = "") -> None:
+        self.path, self.found, self.expected, self.remedy = path, found, expected, remedy
+        super().__init__(f"checkpoint: {path}: found {found}, expected {expected}. {remedy}".rstrip())
+
+
+class StoreLockedError(CheckpointError):
+    """Another process uses the store."""
+
+
+class CorruptPageError(CheckpointError):
+    """What was read from the SSD is not what was written there. Training stops, and writes nothing further.
+
+    ``page`` is the page's index (in the page table of a run, in the manifest's page records otherwise), ``parameter``
+    what it holds ("EXP_AVG of h.0.mlp.c_fc.weight[0:1048576]"), ``offset`` its first byte in the file at ``path``;
+    ``expected_crc`` and ``found_crc`` are the CRC32C of its content.
+    """
+
+    def __init__(
+        self, page: int, parameter: str, path: str, offset: int, expected_crc: int, found_crc: int, remedy: str = ""
+    ) -> None:
+        self.page, self.parameter, self.offset = page, parameter, offset
+        self.expected_crc, self.found_crc = expected_crc, found_crc
+        super().__init__(
+            path,
+            f"page {page} ({parameter}) at offset {offset} with CRC32C {found_crc:08x}",
+            f"{expected_crc:08x}, as it was written",
+            remedy or "The drive returned other bytes than it was given: resume from the last commit that "
+            "`angelptm checkpoint verify` finds intact.",
+        )

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from angelptm.config.problem import config_error
-from angelptm.config.schema.execution import Io, Units, Update
+from angelptm.config.schema.execution import Checkpoint, Io, Units, Update
 from angelptm.config.schema.hardware import read_hardware
 from angelptm.config.schema.optimizer import Optimizer
 from angelptm.config.schema.tiers import Placement, Tiers
@@ -34,6 +34,7 @@ class Config(Section):
     placement: Placement = Field(default=Placement(), description="Home tier of each kind of page.")
     update: Update = Field(default=Update(), description="The native updater.")
     io: Io = Field(default=Io(), description="Reading and writing of page files.")
+    checkpoint: Checkpoint = Field(default=Checkpoint(), description="Durable states to resume from.")
     units: Units = Field(default=Units(), description="What is fetched together.")
     gradient_clipping: float | None = Field(default=None, gt=0, description="Max global gradient norm. null: off.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
@@ -108,8 +109,8 @@ class Config(Section):
 
     @property
     def hash(self) -> str:
-        """sha256 (hex) of the canonical JSON without run_dir: equal for runs that do the same work."""
-        content = self.model_dump(mode="json", exclude={"run_dir"})
+        """sha256 (hex) of the canonical JSON without run_dir and checkpoint: equal for runs that do the same work."""
+        content = self.model_dump(mode="json", exclude={"run_dir", "checkpoint"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

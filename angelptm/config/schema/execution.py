@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from angelptm.config.schema.types import Section, expected
+from angelptm.config.schema.types import Section, UserPath, expected
 
 
 def _count(value: Any) -> Any:
@@ -49,6 +49,24 @@ class Io(Section):
     direct: bool = Field(default=True, description="Bypass the page cache with O_DIRECT where the file system permits.")
     deadline_seconds: float = Field(
         default=120.0, gt=0, description="Seconds that any wait for I/O may last before the run stops with an error."
+    )
+
+
+class Checkpoint(Section):
+    """Commits: durable states of a run that cost metadata instead of a copy, since SSD pages are never overwritten."""
+
+    every: int = Field(
+        default=0, ge=0, description="Optimizer steps between commits of `angelptm train`. 0: no commits."
+    )
+    keep: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="Commits to keep. Each one that differs holds the SSD space of one set of optimizer states.",
+    )
+    folder: UserPath | None = Field(
+        default=None,
+        description="Folder of the manifests. null: `checkpoint` in the run folder for train, no commits otherwise.",
     )
 
 
