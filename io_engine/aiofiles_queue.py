@@ -20,7 +20,7 @@ from typing import Any
 
 from io_engine.attempt import Answer, Attempt
 from io_engine.errors import IoError
-from io_engine.file import File
+from io_engine.file import File, sync_file
 
 _ACCESS_MODE = 3  # O_ACCMODE, which Python's os lacks
 _OPEN_SECONDS = 30.0  # for opening or closing all handles
@@ -69,6 +69,9 @@ class AiofilesQueue:
             answers, self._answers = self._answers, []
             self._in_flight_count -= len(answers)
         return answers
+
+    def sync(self, file: int) -> int:
+        return sync_file(self._files[file])
 
     def close(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

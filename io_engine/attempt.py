@@ -35,5 +35,8 @@ class Queue(Protocol):
     def reap(self, at_least: int, seconds: float) -> list[Answer]:
         """Waits for ``at_least`` answers or ``seconds``; returns what arrived."""
 
+    def sync(self, file: int) -> int:
+        """fdatasync of files[file], in the calling thread; 0 or -errno. Covers the writes that were reaped before."""
+
     def close(self, seconds: float) -> bool:
         """Waits up to ``seconds`` for what is in flight; False when some still is (then nothing was freed)."""

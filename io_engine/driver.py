@@ -28,6 +28,11 @@ _MOST_RETRIES = 16
 _SLICE_SECONDS = 0.005
 
 
+def _pause_before(retry: int) -> float:
+    """Seconds: none at first, then 0.1 ms doubling up to 25.6 ms."""
+    return 0.0 if retry <= 1 else 0.0001 * 2 ** min(retry - 2, 8)
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """All of ``view`` to or from ``offset``; ``tag`` names it in the outcome."""
@@ -50,6 +55,7 @@ class Counters:
     resumed_count: int = 0
     retried_count: int = 0
     failed_count: int = 0
+    sync_count: int = 0  # completed; one for each file
 
 
 class Driver(Protocol):
@@ -63,6 +69,9 @@ class Driver(Protocol):
 
     def reap_some(self, at_least: int, seconds: float) -> list[Outcome]:
         """Waits for ``at_least`` outcomes, or fewer where fewer are unfinished, or ``seconds``."""
+
+    def sync(self, seconds: float) -> None:
+        """Flushes every file. RuntimeError while anything is unfinished; the first file's IoError."""
 
     def counters(self) -> Counters: ...
 
@@ -106,6 +115,9 @@ class NativeDriver:
     def reap_some(self, at_least: int, seconds: float) -> list[Outcome]:
         outcomes: list[Outcome] = self._engine.reap_some(at_least, seconds)
         return outcomes
+
+    def sync(self, seconds: float) -> None:
+        self._engine.sync(seconds)
 
     def counters(self) -> Counters:
         native = self._engine.counters
@@ -187,6 +199,36 @@ class QueueDriver:
             if pausing:  # before a retry, or for memory of the kernel: no answer will end this wait
                 time.sleep(0.0005)
 
+    def sync(self, seconds: float) -> None:
+        """fdatasync cannot be cut off, so the deadline is looked at between two files."""
+        deadline = time.monotonic() + seconds
+        first: IoError | None = None
+        with self._turn():
+            self._require_open()
+            if count := len(self._waiting) + len(self._active) + len(self._finished):
+                raise RuntimeError(f"a sync covers only what was reaped before it; unfinished: {count}")
+            for index, file in enumerate(self._files):
+                if time.monotonic() > deadline:
+                    raise IoError("sync", file.path, 0, 0, errno.ETIMEDOUT)
+                if code := self._sync_file(index):
+                    self._counters.failed_count += 1
+                    first = first or IoError("sync", file.path, 0, 0, code)
+                else:
+                    self._counters.sync_count += 1
+        if first is not None:
+            raise first
+
+    def _sync_file(self, index: int) -> int:
+        """errno or 0. EIO is never tried again: the kernel tells of a lost write once, and the next sync succeeds."""
+        code = -self._queue.sync(index)
+        for retry in range(_MOST_RETRIES):
+            if code not in (errno.EINTR, errno.EAGAIN, errno.ECANCELED):
+                break
+            self._counters.retried_count += 1
+            time.sleep(_pause_before(retry + 1))
+            code = -self._queue.sync(index)
+        return code
+
     def counters(self) -> Counters:
         return self._counters
 
@@ -261,8 +303,7 @@ class QueueDriver:
             active.retries += 1
             if active.retries <= _MOST_RETRIES:
                 counters.retried_count += 1
-                pause = 0.0 if active.retries == 1 else 0.0001 * 2 ** min(active.retries - 2, 8)
-                active.not_before = time.monotonic() + pause
+                active.not_before = time.monotonic() + _pause_before(active.retries)
                 return
         del self._active[id]
         if error:

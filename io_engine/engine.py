@@ -142,6 +142,19 @@ class Engine:
             else:
                 self._progress(missing, left)
 
+    def sync(self, deadline_seconds: float) -> None:
+        """Flushes every file to stable storage: afterwards all that was written here survives a power cut.
+
+        Raises RuntimeError while a ticket is unfinished or not consumed, since it would not be covered; the IoError
+        ("sync") of the first file that failed, after which what was written since its last sync may be lost for good,
+        whatever another sync says; ValueError when the engine is closed.
+        """
+        if self.closed:
+            raise ValueError("the I/O engine is closed")
+        if count := self.unfinished:
+            raise RuntimeError(f"a sync covers only what was reaped before it; unfinished: {count}")
+        self._driver.sync(deadline_seconds)
+
     @property
     def unfinished(self) -> int:
         """Tickets that no wait or reap has consumed."""
@@ -195,7 +208,9 @@ class Engine:
             return
         with self._changed:
             for tag, error in outcomes:
-                ticket = self._pending.pop(tag)
+                ticket = self._pending.pop(tag, None)
+                if ticket is None:
+                    continue  # of a sync whose deadline had passed
                 ticket._finish(error)
                 self._finished[tag] = ticket
             self._changed.notify_all()

@@ -46,7 +46,7 @@ class FaultQueue:
     def __init__(self, inner: Queue, alignments: Sequence[int], plan: FaultPlan) -> None:
         self._inner, self._alignments, self._plan = inner, alignments, plan
         self._shuffler = random.Random(plan.seed)
-        self._taken_count = 0
+        self._transfer_count = self._sync_count = 0  # taken so far
         self._delayed: dict[int, bool] = {}  # attempts inside the inner queue, by id
         self._held: list[tuple[float, Answer]] = []  # release time and answer
         self.name, self.depth, self.notes = inner.name, inner.depth, inner.notes
@@ -63,7 +63,7 @@ class FaultQueue:
             else:
                 break
             taken += 1
-            self._taken_count += 1
+            self._transfer_count += 1
         return taken
 
     def reap(self, at_least: int, seconds: float) -> list[Answer]:
@@ -86,13 +86,26 @@ class FaultQueue:
             self._shuffler.shuffle(answers)
         return answers
 
+    def sync(self, file: int) -> int:
+        # Counted apart from the transfers, so that adding a sync leaves their faults where they were.
+        generator = random.Random(f"{self._plan.seed} sync {self._sync_count}")
+        self._sync_count += 1
+        for probability, code in (
+            (self._plan.eio, errno.EIO),
+            (self._plan.eintr, errno.EINTR),
+            (self._plan.eagain, errno.EAGAIN),
+        ):
+            if generator.random() < probability:
+                return -code
+        return self._inner.sync(file)
+
     def close(self, seconds: float) -> bool:
         return self._inner.close(seconds)
 
     def _fate(self, attempt: Attempt) -> tuple[int, int, bool]:
         """errno or 0, bytes to ask for, whether the answer is delayed."""
         plan = self._plan
-        generator = random.Random(f"{plan.seed} {self._taken_count}")
+        generator = random.Random(f"{plan.seed} {self._transfer_count}")
         # Always the same draws, so that changing one probability leaves the other faults where they were.
         eio, enospc, eintr, eagain, cut, kept, delay = (generator.random() for _ in range(7))
         delayed = delay < plan.delay

@@ -71,6 +71,15 @@ def open_file(
     )
 
 
+def sync_file(file: File) -> int:
+    """fdatasync; 0 or -errno, as a queue answers."""
+    try:
+        os.fdatasync(file.descriptor)
+    except OSError as error:
+        return -(error.errno or errno.EIO)
+    return 0
+
+
 class PlainFile:
     """A File without the native module. O_DIRECT is asked for with 4096-byte alignment."""
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from io_engine.attempt import Answer, Attempt
 from io_engine.buffer import address_of
 from io_engine.errors import IoError
-from io_engine.file import File
+from io_engine.file import File, sync_file
 
 _MOST_VECTORS = 4096  # kept for reuse
 
@@ -75,6 +75,9 @@ class LiburingQueue:
             self._poll.poll(left * 1000)
             answers += self._drain()
         return answers
+
+    def sync(self, file: int) -> int:
+        return sync_file(self._files[file])
 
     def close(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

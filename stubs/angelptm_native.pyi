@@ -143,6 +143,8 @@ class Counters:
     def retried_count(self) -> int: ...
     @property
     def failed_count(self) -> int: ...
+    @property
+    def sync_count(self) -> int: ...
 
 class Engine:
     def __init__(
@@ -163,6 +165,10 @@ class Engine:
 
     def reap_some(self, at_least: int, seconds: float) -> list[tuple[int, IoError | None]]:
         """As reap, but returns fewer when the time is over."""
+
+    def sync(self, seconds: float) -> None:
+        """Flushes every file to stable storage. RuntimeError while anything is unfinished; IoError("sync", path, ...)
+        of the first file that failed, after which what was written since its last sync may be lost for good."""
 
     def close(self) -> None: ...
     @property

@@ -114,7 +114,8 @@ void bind_engine(py::module_& module) {
       .def_readonly("write_count", &io::Counters::write_count)
       .def_readonly("resumed_count", &io::Counters::resumed_count)
       .def_readonly("retried_count", &io::Counters::retried_count)
-      .def_readonly("failed_count", &io::Counters::failed_count);
+      .def_readonly("failed_count", &io::Counters::failed_count)
+      .def_readonly("sync_count", &io::Counters::sync_count);
 
   // The GIL is released around every call that takes the engine's lock, for another thread may hold it while it waits.
   using Release = py::call_guard<py::gil_scoped_release>;
@@ -152,6 +153,9 @@ void bind_engine(py::module_& module) {
             return to_python(outcomes);
           },
           py::arg("at_least"), py::arg("seconds"))
+      .def(
+          "sync", [](io::SharedEngine& engine, double seconds) { engine.sync(after(seconds)); }, py::arg("seconds"),
+          Release())
       .def("close", &io::SharedEngine::close, Release())
       .def_property_readonly("closed", py::cpp_function(&io::SharedEngine::closed, Release()))
       .def_property_readonly("unfinished", py::cpp_function(&io::SharedEngine::unfinished, Release()))

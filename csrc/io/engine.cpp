@@ -25,6 +25,8 @@ Clock::duration pause_before(int retry) {
   return std::chrono::microseconds(100) * (1 << std::min(retry - 2, 8));
 }
 
+// Not EIO, least of all of a sync: the kernel reports a failed write-back once and marks the pages clean, so a second
+// fdatasync would succeed although the bytes never reached the disk.
 // ECANCELED is among them because the kernel answers it when the thread that submitted has ended meanwhile.
 bool passes(int error) { return error == EINTR || error == EAGAIN || error == ECANCELED; }
 
@@ -180,9 +182,17 @@ Engine::~Engine() {
 
 void Engine::submit(std::span<const Transfer> transfers) {
   for (const Transfer& t : transfers) {
-    if (t.op != Op::kRead && t.op != Op::kWrite) throw std::invalid_argument("a transfer is a read or a write");
+    if (t.op != Op::kRead && t.op != Op::kWrite && t.op != Op::kSync) {
+      throw std::invalid_argument("a transfer is a read, a write or a sync");
+    }
     if (t.file < 0 || static_cast<std::size_t>(t.file) >= files_.size()) {
       throw std::invalid_argument("file index " + std::to_string(t.file) + " of " + std::to_string(files_.size()));
+    }
+    if (t.op == Op::kSync) {
+      if (t.offset != 0 || t.bytes != 0 || t.buffer != nullptr) {
+        throw std::invalid_argument("a sync is of the whole file: offset 0, 0 bytes, no buffer");
+      }
+      continue;
     }
     const File& file = *files_[static_cast<std::size_t>(t.file)];
     const std::uint64_t most = std::numeric_limits<std::int64_t>::max();
@@ -241,13 +251,29 @@ std::size_t Engine::reap_some(std::vector<Outcome>& outcomes, std::size_t at_lea
   }
 }
 
+void Engine::sync(Clock::time_point deadline) {
+  if (unfinished() != 0) {
+    throw std::logic_error("a sync covers only what was reaped before it; unfinished: " + std::to_string(unfinished()));
+  }
+  std::vector<Transfer> syncs;
+  for (std::size_t i = 0; i < files_.size(); ++i) {
+    syncs.push_back({kSyncTag, Op::kSync, static_cast<int>(i), 0, nullptr, 0});
+  }
+  submit(syncs);
+  std::vector<Outcome> outcomes;
+  reap(outcomes, syncs.size(), deadline);
+  for (const Outcome& outcome : outcomes) {
+    if (outcome.error) throw *outcome.error;
+  }
+}
+
 void Engine::settle(std::uint64_t slot, std::int32_t result) {
   State::Active& a = state_->active[slot];
   const File& file = *files_[static_cast<std::size_t>(a.transfer.file)];
   a.in_flight = false;
   const Verdict verdict = judge(a.transfer, file, a.done, result);
-  const bool read = a.transfer.op == Op::kRead;
-  (read ? counters_.read_bytes : counters_.written_bytes) += verdict.done - a.done;
+  const Op op = a.transfer.op;
+  (op == Op::kRead ? counters_.read_bytes : counters_.written_bytes) += verdict.done - a.done;  // 0 for a sync
   const bool whole_attempt = static_cast<std::uint64_t>(std::max(result, 0)) == kMostBytesOfAttempt;
   a.done = verdict.done;
   Outcome outcome{a.transfer.tag, std::nullopt};
@@ -271,7 +297,7 @@ void Engine::settle(std::uint64_t slot, std::int32_t result) {
                             verdict.error);
       break;
     case Step::kComplete:
-      ++(read ? counters_.read_count : counters_.write_count);
+      ++(op == Op::kRead ? counters_.read_count : op == Op::kWrite ? counters_.write_count : counters_.sync_count);
       break;
   }
   if (outcome.error) ++counters_.failed_count;

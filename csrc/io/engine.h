@@ -14,6 +14,9 @@
 
 namespace angelptm::io {
 
+// kSync flushes the file to stable storage: offset 0, bytes 0, no buffer. It covers the writes whose outcomes were
+// reaped before it was submitted, and no other. Its EIO means that some write since the last sync of the file may be
+// lost, whoever wrote it: the kernel tells it once and then forgets, so a second sync that succeeds proves nothing.
 struct Transfer {
   std::uint64_t tag;  // the caller's; returned in the Outcome
   Op op;
@@ -32,6 +35,7 @@ struct Counters {
   std::uint64_t read_bytes = 0, written_bytes = 0;  // of completed attempts, resumed ones included once
   std::uint64_t read_count = 0, write_count = 0;    // completed transfers
   std::uint64_t resumed_count = 0, retried_count = 0, failed_count = 0;
+  std::uint64_t sync_count = 0;  // completed
 };
 
 // One thread at a time; its owner serializes. Transfers beyond the queue's depth wait in the engine in order.
@@ -55,6 +59,12 @@ class Engine {
   std::size_t reap_some(std::vector<Outcome>& outcomes, std::size_t at_least, Clock::time_point deadline);
   // Both refuse an at_least above unfinished() (std::invalid_argument): nothing would ever end that wait.
   std::size_t unfinished() const;  // submitted and not yet reaped
+
+  // Syncs every file and waits for all of them; then everything written through this engine is on stable storage.
+  // Throws std::logic_error unless unfinished() is 0, since what is under way would not be covered; the first file's
+  // error; or IoError(kDeadline), after which the unfinished syncs are still to be reaped, tagged kSyncTag.
+  void sync(Clock::time_point deadline);
+  static constexpr std::uint64_t kSyncTag = ~std::uint64_t{0};
 
   const Counters& counters() const { return counters_; }
   const Queue& queue() const { return *queue_; }

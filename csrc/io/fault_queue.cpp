@@ -38,8 +38,9 @@ class FaultQueue final : public Queue {
     std::vector<Attempt> forwarded;
     std::vector<std::size_t> origin;  // forwarded[k] is attempts[origin[k]]
     std::vector<Fate> fates;
+    std::uint64_t transfer_count = transfer_count_, sync_count = sync_count_;
     for (std::size_t i = 0; i < attempts.size(); ++i) {
-      fates.push_back(fate_of(taken_count_ + i, attempts[i]));
+      fates.push_back(fate_of(attempts[i].op == Op::kSync ? sync_count++ : transfer_count++, attempts[i]));
       if (fates[i].error != 0) continue;
       forwarded.push_back(attempts[i]);
       if (fates[i].shortened) forwarded.back().bytes = shortened_bytes(attempts[i], fates[i].kept);
@@ -54,8 +55,8 @@ class FaultQueue final : public Queue {
       } else {
         inside_.push_back({attempts[i].id, fates[i].delayed});
       }
+      ++(attempts[i].op == Op::kSync ? sync_count_ : transfer_count_);
     }
-    taken_count_ += taken;
     return taken;
   }
 
@@ -98,7 +99,10 @@ class FaultQueue final : public Queue {
   };
 
   Fate fate_of(std::uint64_t sequence, const Attempt& attempt) const {
-    std::seed_seq seeds{plan_.seed & 0xffffffffu, plan_.seed >> 32, sequence & 0xffffffffu, sequence >> 32};
+    std::vector<std::uint64_t> words{plan_.seed & 0xffffffffu, plan_.seed >> 32, sequence & 0xffffffffu,
+                                     sequence >> 32};
+    if (attempt.op == Op::kSync) words.push_back(1);
+    std::seed_seq seeds(words.begin(), words.end());
     std::mt19937_64 generator(seeds);
     // Always the same number of draws, so that changing one probability leaves the other faults where they were.
     std::uniform_real_distribution<double> uniform(0, 1);
@@ -114,7 +118,7 @@ class FaultQueue final : public Queue {
       fate.error = -EINTR;
     } else if (eagain < plan_.eagain) {
       fate.error = -EAGAIN;
-    } else if (cut < plan_.short_transfer) {
+    } else if (attempt.op != Op::kSync && cut < plan_.short_transfer) {
       fate.shortened = true;
       fate.kept = kept;
     }
@@ -147,9 +151,9 @@ class FaultQueue final : public Queue {
   const std::vector<std::shared_ptr<const File>> files_;
   const FaultPlan plan_;
   std::mt19937_64 shuffler_;
-  std::uint64_t taken_count_ = 0;
-  std::vector<Inside> inside_;  // taken by the inner queue, unanswered
-  std::vector<Held> held_;      // answered, and kept back until its time
+  std::uint64_t transfer_count_ = 0, sync_count_ = 0;  // taken so far
+  std::vector<Inside> inside_;                         // taken by the inner queue, unanswered
+  std::vector<Held> held_;                             // answered, and kept back until its time
 };
 
 }  // namespace

@@ -19,9 +19,11 @@ namespace angelptm::io {
 
 using Clock = std::chrono::steady_clock;
 
+// kSync is fdatasync of the file (offset 0, bytes 0, no buffer), answered with 0. It covers the writes whose answers
+// were reaped before it was submitted, and no other: neither the kernel nor a pool of threads orders what is in flight.
 struct Attempt {
   std::uint64_t id;  // chosen by the caller, returned in the answer
-  Op op;             // kRead or kWrite
+  Op op;             // kRead, kWrite or kSync
   int file;          // index into the files given at construction
   std::uint64_t offset;
   std::byte* buffer;
@@ -30,7 +32,7 @@ struct Attempt {
 
 struct Answer {
   std::uint64_t id;
-  std::int32_t result;  // bytes transferred, or -errno
+  std::int32_t result;  // bytes transferred (0 for a sync), or -errno
 };
 
 // Memory that requests will use, so that a queue may register it with the kernel.
@@ -66,16 +68,17 @@ std::unique_ptr<Queue> make_thread_queue(std::vector<std::shared_ptr<const File>
 struct FaultPlan {
   std::uint64_t seed = 0;
   double short_transfer = 0;  // ask the kernel for a random multiple of the offset alignment less than the whole
-  double eintr = 0;           // answer -EINTR without transferring
-  double eagain = 0;          // answer -EAGAIN without transferring
-  double eio = 0;             // answer -EIO without transferring
+  double eintr = 0;           // answer -EINTR without transferring or syncing
+  double eagain = 0;          // answer -EAGAIN without transferring or syncing
+  double eio = 0;             // answer -EIO without transferring or syncing
   double enospc = 0;          // writes only: answer -ENOSPC without transferring
   double delay = 0;           // hold the answer back for delay_seconds
   double delay_seconds = 0;
   bool reorder = false;  // shuffle the answers of each reap
 };
 // `files` are the inner queue's: their alignments say where a transfer may be cut short. The fate of an attempt depends
-// on the seed and on how many attempts were taken before it, so the same order of attempts meets the same faults.
+// on the seed and on how many attempts were taken before it, so the same order of attempts meets the same faults. Syncs
+// are counted apart, so that adding one leaves the faults of the transfers where they were.
 std::unique_ptr<Queue> make_fault_queue(std::unique_ptr<Queue> inner, std::vector<std::shared_ptr<const File>> files,
                                         const FaultPlan& plan);
 

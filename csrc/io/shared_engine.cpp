@@ -77,6 +77,13 @@ std::vector<Outcome> SharedEngine::reap(std::size_t at_least, Clock::time_point 
   return outcomes;
 }
 
+void SharedEngine::sync(Clock::time_point deadline) {
+  const Turn turn(*this);
+  Engine& engine = open_engine(turn);
+  if (!kept_.empty()) throw std::logic_error("outcomes are to be reaped before a sync");
+  engine.sync(deadline);
+}
+
 std::size_t SharedEngine::unfinished() {
   const Turn turn(*this);
   return open_engine(turn).unfinished() + kept_.size();

@@ -21,6 +21,9 @@ class SharedEngine {
   // and that outcomes found by a reap that then throws are kept for the next call.
   std::vector<Outcome> reap(std::size_t at_least, Clock::time_point deadline);
   std::vector<Outcome> reap_some(std::size_t at_least, Clock::time_point deadline);
+  // As Engine::sync. Other threads wait for their turn until it ends: what they submitted meanwhile would not be
+  // covered.
+  void sync(Clock::time_point deadline);
   std::size_t unfinished();
   Counters counters();  // the last ones, after close
   // Ends the engine as ~Engine does; a second call does nothing. Every other call then throws std::invalid_argument.

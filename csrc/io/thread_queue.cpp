@@ -1,4 +1,4 @@
-// The reference queue: a fixed pool of threads that call pread and pwrite.
+// The reference queue: a fixed pool of threads that call pread, pwrite and fdatasync.
 #include <unistd.h>
 
 #include <algorithm>
@@ -78,8 +78,14 @@ class ThreadQueue final : public Queue {
   std::int32_t transfer(const Attempt& attempt) const {
     const int descriptor = files_[static_cast<std::size_t>(attempt.file)]->descriptor();
     const auto offset = static_cast<off_t>(attempt.offset);
-    const ssize_t result = attempt.op == Op::kRead ? ::pread(descriptor, attempt.buffer, attempt.bytes, offset)
-                                                   : ::pwrite(descriptor, attempt.buffer, attempt.bytes, offset);
+    ssize_t result = 0;
+    if (attempt.op == Op::kSync) {
+      result = ::fdatasync(descriptor);
+    } else if (attempt.op == Op::kRead) {
+      result = ::pread(descriptor, attempt.buffer, attempt.bytes, offset);
+    } else {
+      result = ::pwrite(descriptor, attempt.buffer, attempt.bytes, offset);
+    }
     return result < 0 ? -errno : static_cast<std::int32_t>(result);
   }
 

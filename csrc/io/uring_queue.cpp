@@ -246,9 +246,12 @@ class UringQueue final : public Queue {
 
   void fill(io_uring_sqe& entry, const Attempt& attempt) const {
     std::memset(&entry, 0, sizeof(entry));
-    const int piece = registered_index(attempt);
+    const int piece = attempt.op == Op::kSync ? -1 : registered_index(attempt);
     const bool read = attempt.op == Op::kRead;
-    if (piece >= 0) {
+    if (attempt.op == Op::kSync) {
+      entry.opcode = IORING_OP_FSYNC;
+      entry.fsync_flags = IORING_FSYNC_DATASYNC;
+    } else if (piece >= 0) {
       entry.opcode = read ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
       entry.buf_index = static_cast<std::uint16_t>(piece);
     } else {

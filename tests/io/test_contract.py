@@ -322,3 +322,86 @@ def test_finished_ticket_gives_its_buffer_back(make_file: Maker, open_engine: Op
     ticket.wait(DEADLINE_SECONDS)
     buffer.close()  # BufferError if anything still held a view
     assert ticket.done()
+
+
+def test_sync_after_writes_flushes_every_file(disk_folder: Path, open_engine: Opener) -> None:
+    files = [io_engine.open_file(disk_folder / f"f{i}", create=True, allocate_bytes=MIB) for i in range(3)]
+    engine = open_engine(files, depth=2)  # fewer places than files
+    with patterned(64 * KIB) as source:
+        for index in range(3):
+            engine.write(0, source, file=index).wait(DEADLINE_SECONDS)
+        engine.sync(DEADLINE_SECONDS)
+        engine.sync(DEADLINE_SECONDS)  # with nothing new
+        for index in range(3):
+            assert (disk_folder / f"f{index}").read_bytes()[: 64 * KIB] == source[:]
+    counters = engine.counters
+    assert (counters.sync_count, counters.write_count, counters.written_bytes) == (6, 3, 3 * 64 * KIB)
+    assert (counters.failed_count, counters.retried_count, engine.unfinished) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("faults", "expected", "retried"),
+    [
+        (FaultPlan(eio=1.0), errno.EIO, 0),  # never again: the kernel tells of a lost write once
+        (FaultPlan(eintr=1.0), errno.EINTR, 16),
+        (FaultPlan(eagain=1.0), errno.EAGAIN, 16),
+    ],
+)
+def test_failed_sync_names_the_file_and_is_retried_only_for_what_passes(
+    make_file: Maker, open_engine: Opener, faults: FaultPlan, expected: int, retried: int
+) -> None:
+    file = make_file()
+    engine = open_engine([file], faults=faults)
+    with pytest.raises(IoError, match="sync") as caught:
+        engine.sync(DEADLINE_SECONDS)
+    error = caught.value
+    assert (error.op, error.path, error.offset, error.bytes, error.errno) == ("sync", file.path, 0, 0, expected)
+    counters = engine.counters
+    assert (counters.failed_count, counters.retried_count, counters.sync_count) == (1, retried, 0)
+    assert engine.unfinished == 0
+
+
+def test_sync_survives_what_passes_and_is_never_short(make_file: Maker, open_engine: Opener) -> None:
+    plan = FaultPlan(seed=8, short_transfer=1.0, enospc=1.0, eintr=0.3, eagain=0.2, delay=0.3, delay_seconds=0.001)
+    engine = open_engine([make_file()], faults=plan)
+    for _ in range(20):
+        engine.sync(DEADLINE_SECONDS)
+    assert engine.counters.sync_count == 20
+    assert engine.counters.retried_count > 0
+
+
+def test_syncs_leave_the_faults_of_transfers_where_they_were(make_file: Maker, open_engine: Opener) -> None:
+    file, outcomes = make_file(), []
+    for syncing in (False, True):
+        engine = open_engine([file], depth=1, faults=FaultPlan(seed=4, enospc=0.4))
+        outcomes.append([])
+        with AlignedBuffer(4 * KIB) as buffer:
+            for i in range(20):
+                ticket = engine.write(i * 4 * KIB, buffer)
+                engine.reap(1, DEADLINE_SECONDS)
+                outcomes[-1].append(ticket.error is None)
+                if syncing:
+                    engine.sync(DEADLINE_SECONDS)
+    assert outcomes[0] == outcomes[1]
+    assert len(set(outcomes[0])) == 2
+
+
+def test_sync_is_refused_while_something_is_unfinished_or_after_close(make_file: Maker, open_engine: Opener) -> None:
+    engine = open_engine([make_file()])
+    with AlignedBuffer(4 * KIB) as buffer:
+        ticket = engine.write(0, buffer)
+        with pytest.raises(RuntimeError, match="unfinished: 1"):
+            engine.sync(DEADLINE_SECONDS)
+        ticket.wait(DEADLINE_SECONDS)
+    engine.sync(DEADLINE_SECONDS)
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        engine.sync(DEADLINE_SECONDS)
+
+
+def test_read_only_file_can_be_synced(make_file: Maker, open_engine: Opener, disk_folder: Path) -> None:
+    # Linux flushes the file, whoever wrote it; the descriptor's access does not matter.
+    make_file()
+    engine = open_engine([io_engine.open_file(disk_folder / "file", read_only=True)])
+    engine.sync(DEADLINE_SECONDS)
+    assert engine.counters.sync_count == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -163,3 +164,29 @@ def test_depth_out_of_bounds_is_refused(make_file: Callable[..., File], depth: i
 def test_probability_out_of_bounds_is_refused(make_file: Callable[..., File]) -> None:
     with pytest.raises(ValueError, match="probability"):
         native.Engine([make_file()], 1, faults=native.FaultPlan(eio=1.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_late_sync_names_its_file_and_is_reaped_later(make_file: Callable[..., File], backend: native.Backend) -> None:
+    file = make_file()
+    engine = native.Engine([file], 2, backend=backend, faults=native.FaultPlan(delay=1.0, delay_seconds=0.3))
+    with pytest.raises(IoError, match="sync") as caught:
+        engine.sync(0.05)
+    assert (caught.value.op, caught.value.path, caught.value.errno) == ("sync", file.path, errno.ETIMEDOUT)
+    with pytest.raises(RuntimeError, match="unfinished: 1"):
+        engine.sync(20.0)
+    assert engine.reap(1, 20.0) == [(2**64 - 1, None)]
+    engine.sync(20.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sync_is_the_system_call_with_its_answer(tmp_path: Path, backend: native.Backend) -> None:
+    # A character device has nothing to flush and says EINVAL, so an answer of 0 would mean that nobody asked it.
+    (tmp_path / "file").write_bytes(bytes(8192))
+    file = native.File(str(tmp_path / "file"), direct=False)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, file.descriptor)
+    os.close(null)
+    with pytest.raises(IoError) as caught:
+        native.Engine([file], 2, backend=backend).sync(20.0)
+    assert (caught.value.op, caught.value.errno) == ("sync", errno.EINVAL)
