@@ -5,6 +5,8 @@
 from collections.abc import Sequence
 from enum import Enum
 
+from typing_extensions import Buffer
+
 from io_engine.errors import IoError
 
 class DType(Enum):
@@ -298,3 +300,18 @@ class Updater:
         """``work``: (span index, [(start, count, hyper index), ...]) each."""
 
     def utilisation(self) -> dict[str, float]: ...
+
+# ---- checksum (csrc/bind/bind_checksum.cpp) ----
+
+def crc32c(data: Buffer, seed: int = 0) -> int:
+    """CRC32C of the bytes of ``data`` (C-contiguous, else BufferError); ``seed``: the checksum of what came before."""
+
+def crc32c_at(address: int, bytes: int, seed: int = 0) -> int: ...
+def crc32c_with(kind: str, data: Buffer, seed: int = 0) -> int:
+    """By one of ``crc32c_kinds()``; ValueError for any other."""
+
+def crc32c_kinds() -> list[str]:
+    """What this CPU can run, slowest first: of "table", "sse4.2", "avx512", "armv8"."""
+
+def crc32c_implementation() -> str:
+    """The kind that ``crc32c`` uses here."""
