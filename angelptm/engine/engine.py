@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import angelptm_native as native
 import torch
 from torch import nn
 
+from angelptm.checkpoint.disk import Disk
 from angelptm.config import Config, load_config
 from angelptm.device import CpuDevice
+from angelptm.engine.commits import Commits, Durable, buffer_space
 from angelptm.engine.dtypes import NATIVE_DTYPES, TORCH_DTYPES
+from angelptm.engine.durable import open_durable
 from angelptm.engine.export import LazyState, export_safetensors
 from angelptm.engine.gradients import Gradients
 from angelptm.engine.hooks import Hooks
@@ -23,15 +26,27 @@ from angelptm.engine.leaves import UnitLeaves, put
 from angelptm.engine.optimizer import RULES, PagedOptimizer
 from angelptm.engine.parked import ParkedParameter
 from angelptm.engine.residency import Residency
-from angelptm.engine.setup import checkpoint_blocks, grad_precision, lay_out, param_groups, parameter, plan_of
+from angelptm.engine.restore import Restorer
+from angelptm.engine.resume import Resumed, open_commit, restore_buffers
+from angelptm.engine.setup import (
+    buffer_bytes_of,
+    checkpoint_blocks,
+    grad_precision,
+    lay_out,
+    param_groups,
+    parameter,
+    persistent_buffers,
+    plan_of,
+)
+from angelptm.engine.snapshot import Stateful, make_header, restore_groups, set_generator_states, state_of
 from angelptm.engine.traffic import Traffic
 from angelptm.engine.updates import Updates
 from angelptm.engine.values import Values
-from angelptm.errors import AngelPTMError, NonFiniteError
+from angelptm.errors import AngelPTMError, CheckpointError, NonFiniteError
 from angelptm.model.materialize import source_of
-from angelptm.pages import allocate_pages, open_store
+from angelptm.pages import Catalogue, SlotFiles, allocate_pages, open_store
 from angelptm.plan import Plan
-from angelptm.units import ParamLayout
+from angelptm.units import ParamLayout, Structure, UnitLayout
 
 _log = logging.getLogger("angelptm")
 
@@ -55,14 +70,18 @@ class Engine:
         config: Config,
         *,
         groups: Sequence[dict[str, Any]] | None = None,
+        resume: str | Path | None = None,
+        resume_step: int | None = None,
         faults: native.FaultPlan | None = None,
+        disk: Disk | None = None,
     ) -> None:
+        """``resume``: the checkpoint folder, or the run folder, whose commit fills the pages; ``resume_step`` which one,
+        the newest if None. ``faults`` and ``disk`` are for tests: what goes wrong below, and who watches."""
         self.module = model
         self.config = config
         structure, layouts = lay_out(model, config)
-        self.plan: Plan = plan_of(structure, layouts, config)
+        self.plan: Plan = plan_of(structure, layouts, config, buffer_bytes_of(model))
         self._dtype = TORCH_DTYPES[config.precision]
-        grad_dtype = TORCH_DTYPES[grad_precision(config)]
         self._params: dict[str, tuple[int, ParamLayout]] = {
             param.name: (layout.index, param) for layout in layouts for param in layout.params
         }
@@ -76,8 +95,36 @@ class Engine:
         named_groups = param_groups(trainable, config, groups, names_by_id)
 
         # Nothing was allocated until here.
+        durable, slot_files = None, None
+        if config.checkpoint.folder is not None:
+            folders = [one.path for one in config.tiers.ssd]
+            durable, slot_files = open_durable(config.checkpoint.folder, folders, self.plan, disk or Disk())
+        with ExitStack() as undo:
+            if durable is not None:
+                undo.callback(durable.folder.close)
+            self._open(durable, slot_files, structure, layouts, named_groups, faults)
+            if resume is None:
+                self._fill(model)
+            else:
+                self._fill_from(Path(resume), resume_step)
+            undo.pop_all()
+
+    def _open(
+        self,
+        durable: Durable | None,
+        slot_files: SlotFiles | None,
+        structure: Structure,
+        layouts: Sequence[UnitLayout],
+        named_groups: Sequence[dict[str, Any]],
+        faults: native.FaultPlan | None,
+    ) -> None:
+        """Allocates everything, and wires it together."""
+        model, config = self.module, self.config
+        grad_dtype = TORCH_DTYPES[grad_precision(config)]
+        trainable = [name for name, (_, param) in self._params.items() if param.trainable]
         self._store = open_store(
             self.plan,
+            slot_files=slot_files,
             backend=config.io.backend,
             queue_depth=config.io.queue_depth,
             direct=config.io.direct,
@@ -88,6 +135,7 @@ class Engine:
             _log.info("%s", note)
         self._device = CpuDevice(self.plan.device_frames * self.plan.page_bytes, config.tiers.return_freed)
         pages = allocate_pages(self._store, self.plan)
+        self._catalogue = Catalogue(self.plan, pages)
         self._updates = Updates(
             self._store,
             self.plan,
@@ -102,7 +150,20 @@ class Engine:
                 for span in range(len(plan.spans))
             },
             deadline_seconds=config.io.deadline_seconds,
+            name_page=self._catalogue.name,
         )
+        self._commits: Commits | None = None
+        if durable is not None:
+            self._commits = Commits(
+                durable,
+                self._store,
+                self.plan,
+                self._catalogue,
+                self._updates,
+                self._device,
+                keep=config.checkpoint.keep,
+                deadline_seconds=config.io.deadline_seconds,
+            )
         self._gradients = Gradients(self.plan, pages, self._store, self._device, grad_dtype)
         self._values = Values(self.plan, pages, self._store, self._device, self._dtype, self._updates)
         self._leaves = [
@@ -117,7 +178,6 @@ class Engine:
             )
             for layout in layouts
         ]
-        self._fill(model)
         self._residency = Residency(self.plan, pages, self._store, self._device, self._leaves, self._updates)
         if config.gradient_checkpointing:
             checkpoint_blocks(model, structure)
@@ -131,12 +191,20 @@ class Engine:
             self._drop_gradients,
         )
         self._steps_of: dict[str, int] = dict.fromkeys(trainable, 0)
+        self.resumed: Resumed | None = None
+        """What the commit loaded last says besides values; None when none was."""
         self._micro_step = 0
         self._max_norm: float | None = None
         self.global_step = 0
         self.grad_norm: float | None = None
         """The global gradient norm before clipping at the last step; None when nothing asked for it."""
         self.step_seconds = 0.0
+
+    def _fill_from(self, path: Path, step: int | None) -> None:
+        """Instead of ``_fill``: a commit has the values."""
+        for leaves in self._leaves:
+            leaves.park()
+        self.load_checkpoint(path, step=step)
 
     def _fill(self, model: nn.Module) -> None:
         """Moves the values into pages one unit at a time, and parks the parameters: each unit at once when the model
@@ -215,6 +283,8 @@ class Engine:
         if max_norm is not None:
             self.grad_norm = self._gradients.norm()
             grad_scale = min(1.0, max_norm / (self.grad_norm + 1e-6))
+        if self._commits is not None:
+            self._commits.make_room()
         group_of = {
             param.param_name: index
             for index, group in enumerate(self.optimizer.param_groups)
@@ -229,6 +299,7 @@ class Engine:
                 self.optimizer.hyper(self.optimizer.param_groups[group], step, grad_scale) for group, step in keys
             ]
             self._residency.expire(unit)
+            self._before_change(unit)
             self._updates.submit(unit, runs, hypers)
             self._gradients.forget(unit)
         self._gradients.passed()
@@ -260,9 +331,154 @@ class Engine:
             joins = True
         return runs, keys
 
+    def _before_change(self, unit: int) -> None:
+        if self._commits is not None:
+            self._commits.before_change(unit)
+
     def drain(self) -> None:
         """Waits until every update under way is published; raises what went wrong in one."""
         self._updates.drain()
+
+    # Durable states.
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path | None = None,
+        *,
+        client_state: Mapping[str, Any] | None = None,
+        scheduler: Stateful | Mapping[str, Any] | None = None,
+        data: Stateful | Mapping[str, Any] | None = None,
+        before_publish: Callable[[], None] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Commits the state after the last step: parameters, optimizer states and counters, buffers, generators, and
+        what it is given. No state page is copied, and training may go on at once.
+
+        ``scheduler`` and ``data`` are anything with ``state_dict``, or dicts; ``client_state`` is the caller's own; all
+        of it must be JSON. Without ``wait`` the call returns while a thread completes the commit, whose error the next
+        call of this engine that needs it raises; with it, when the commit survives a power cut. ``before_publish`` runs
+        on that thread just before the commit appears. ``save_dir`` may only name the folder that the config gives:
+        `angelptm checkpoint copy` makes copies elsewhere. Raises AngelPTMError between a backward pass and its step.
+        """
+        if self._commits is None:
+            raise AngelPTMError(
+                "save_checkpoint: the store has no folder to commit to. Set checkpoint.folder in the config that "
+                "initialize gets, before training."
+            )
+        if save_dir is not None and Path(save_dir).resolve() != self._commits.folder.resolve():
+            raise AngelPTMError(
+                f"save_checkpoint: {save_dir} is not checkpoint.folder ({self._commits.folder}). A commit stays where the "
+                "pages are; `angelptm checkpoint copy` copies one to another folder or drive."
+            )
+        if any(self._gradients.params_with_gradient(unit) for unit in range(len(self._leaves))):
+            raise AngelPTMError(
+                "save_checkpoint: there are gradients that no step has taken. Commit after step(), or drop them with "
+                "optimizer.zero_grad()."
+            )
+        records, content = buffer_space(persistent_buffers(self.module))
+        durable = self._commits.durable
+        header = make_header(
+            plan=self.plan,
+            module=self.module,
+            store_id=durable.store_id,
+            files=list(zip(durable.files, self._store.slot_counts)),
+            step=self.global_step,
+            config_hash=self.config.hash,
+            precision=self.config.precision,
+            optimizer_type=self.config.optimizer.type,
+            param_groups=self.optimizer.param_groups,
+            steps_of=self._steps_of,
+            buffers=records,
+            buffer_bytes=len(content),
+            scheduler=state_of(scheduler),
+            data=state_of(data),
+            client=state_of(client_state),
+        )
+        self._commits.begin(header, content, before_publish)
+        if wait:
+            self._commits.wait()
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path | None = None,
+        *,
+        step: int | None = None,
+        weights_only: bool = False,
+        scheduler: Stateful | None = None,
+        data: Stateful | None = None,
+    ) -> tuple[Path, dict[str, Any]]:
+        """Goes on from a commit: as if the run had never stopped, bit by bit. Returns (its folder, its client_state).
+
+        ``load_dir``: a checkpoint folder or a run folder, this run's own if None; ``step`` which commit, the newest if
+        None. Page size, tiers and budgets may differ from those of the run that made it. With ``weights_only`` the
+        masters are formed from the commit's values and the optimizer starts anew, counters, moments and groups.
+        ``engine.resumed`` says the rest. Raises CheckpointError, with nothing changed, for a commit of another model,
+        and CorruptPageError for a damaged one.
+        """
+        if load_dir is None and self._commits is None:
+            raise AngelPTMError("load_checkpoint: name a folder, as the config has no checkpoint.folder")
+        path = Path(load_dir) if load_dir is not None or self._commits is None else self._commits.folder
+        self.drain()
+        if self._commits is not None:
+            self._commits.wait()
+        self._drop_gradients()
+        folders = [one.path for one in self.config.tiers.ssd]
+        with open_commit(path, step, self._commits, folders) as (folder, manifest, reader, same_files):
+            restorer = Restorer(
+                manifest,
+                reader,
+                same_files=same_files,
+                weights_only=weights_only,
+                store=self._store,
+                plan=self.plan,
+                catalogue=self._catalogue,
+                values=self._values,
+                device=self._device,
+                dtype=self._dtype,
+                path=str(folder),
+            )
+            header = manifest.header
+            if not weights_only and header.optimizer.type != self.config.optimizer.type:
+                raise CheckpointError(
+                    str(folder),
+                    f"states of {header.optimizer.type}",
+                    f"those of {self.config.optimizer.type}",
+                    "Set optimizer.type, or load the weights only.",
+                )
+            for unit in range(len(self._leaves)):
+                self._residency.expire(unit)
+            pages = restorer.weights() if weights_only else restorer.pages()
+            notes = restore_buffers(self.module, reader, str(folder))
+            if self._commits is not None:
+                self._commits.forget_device_pages()
+                if not weights_only and folder.resolve() == self._commits.folder.resolve():
+                    self._commits.come_from(header.step)
+        if weights_only:
+            self._steps_of = dict.fromkeys(self._steps_of, 0)
+            self.global_step = 0
+            notes.append("the optimizer starts anew: masters are formed from the loaded weights, moments are zero")
+        else:
+            self._steps_of.update(header.optimizer.steps)
+            self.global_step = header.step
+            if not restore_groups(self.optimizer.param_groups, header.optimizer.groups):
+                notes.append("the parameter groups differ from the commit's: they keep what the config says")
+            if header.rng is not None:
+                set_generator_states(header.rng, str(folder))
+            for what, state in ((scheduler, header.scheduler), (data, header.data)):
+                if what is not None and state is not None:
+                    what.load_state_dict(state)
+        for note in notes:
+            _log.warning("%s", note)
+        self.resumed = Resumed(
+            folder, header.step, header.data, header.scheduler, header.client or {}, header.config_hash, pages,
+            tuple(notes),
+        )  # fmt: skip
+        return folder, self.resumed.client_state
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Wall-clock seconds that the last completed commit took, on its own thread."""
+        return self._commits.seconds if self._commits is not None else 0.0
 
     # Access to values.
 
@@ -299,8 +515,12 @@ class Engine:
         if modify:
             for name, value in real.items():
                 unit, param = self._params[name]
+                self._updates.wait_for(unit)
+                self._before_change(unit)
                 self._values.write(unit, param, value)
                 self._residency.expire(unit)
+                if self._commits is not None and not param.trainable:
+                    self._commits.forget_device_pages()
 
     def state_dict(self, *, master: bool = False) -> LazyState:
         """The model's parameters and buffers as a mapping that reads each value when it is asked for.
@@ -366,11 +586,12 @@ class Engine:
 
         The model's parameters stay parked.
         """
-        try:
+        with ExitStack() as last:
+            last.callback(self._updates.close)
+            last.callback(self._hooks.remove)
+            if self._commits is not None:
+                last.callback(self._commits.close)
             self._updates.drain()
-        finally:
-            self._hooks.remove()
-            self._updates.close()
 
 
 def initialize(

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from angelptm.checkpoint.slot_files import slot_file_bytes
 from angelptm.config import Config
 from angelptm.errors import AngelPTMError
-from angelptm.plan import Budgets, Plan, SsdBudget, make_plan
+from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, make_plan
 from angelptm.units import Structure, UnitLayout, find_structure, pack
 
 _MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1}
@@ -62,9 +63,14 @@ def _free_bytes(folders: Sequence[Path]) -> list[int]:
     return [shutil.disk_usage(folder).free // devices.count(device) for folder, device in zip(existing, devices)]
 
 
-def budgets_of(config: Config) -> Budgets:
-    """The config's budgets, with the disks' free space as it is now."""
-    free = _free_bytes([folder.path for folder in config.tiers.ssd])
+def budgets_of(config: Config, buffer_bytes: int = 0) -> Budgets:
+    """The config's budgets, with the disks' free space as it is now: what the run's own slot files take already, which
+    it will use again, counts as free. ``buffer_bytes``: of the model's buffers, which commits hold."""
+    folders = [folder.path for folder in config.tiers.ssd]
+    commits = config.checkpoint.folder
+    free = _free_bytes([*folders, *([commits] if commits is not None else [])])
+    if commits is not None:
+        free = [size + own for size, own in zip(free, slot_file_bytes(commits, [*folders, commits]))]
     return Budgets(
         page_bytes=config.page_size,
         device_bytes=config.tiers.device,
@@ -79,15 +85,32 @@ def budgets_of(config: Config) -> Budgets:
         ring_depth=None if config.update.ring_depth == "auto" else config.update.ring_depth,
         queue_depth=config.io.queue_depth,
         cores=len(os.sched_getaffinity(0)),
+        commits=None
+        if commits is None
+        else CommitBudget(config.checkpoint.keep, SsdBudget(str(commits), None, free[-1]), buffer_bytes),
     )
 
 
-def plan_of(structure: Structure, layouts: Sequence[UnitLayout], config: Config) -> Plan:
-    """The plan; raises CapacityError when something does not fit."""
+def buffer_bytes_of(model: nn.Module) -> int:
+    return sum(value.numel() * value.itemsize for value in persistent_buffers(model).values())
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to the model's state, by name: those that ``state_dict`` has."""
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        for key, value in module._buffers.items():
+            if value is not None and key not in module._non_persistent_buffers_set:
+                found[f"{name}.{key}" if name else key] = value
+    return found
+
+
+def plan_of(structure: Structure, layouts: Sequence[UnitLayout], config: Config, buffer_bytes: int = 0) -> Plan:
+    """The plan; raises CapacityError when something does not fit. See budgets_of for ``buffer_bytes``."""
     return make_plan(
         layouts,
         [(site.units, site.depth) for site in structure.sites],
-        budgets_of(config),
+        budgets_of(config, buffer_bytes),
         param_itemsize=_ITEMSIZE[config.precision],
         grad_itemsize=_ITEMSIZE[grad_precision(config)],
         moment_count=_MOMENTS[config.optimizer.type],

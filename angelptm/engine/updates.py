@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import angelptm_native as native
 
-from angelptm.pages import PageIds
+from angelptm.pages import PageIds, naming
 from angelptm.plan import Plan, UnitPlan
 
 Segment = tuple[int, int, int]  # start in the span, element count, index of the hyperparameters
@@ -27,8 +27,11 @@ class Updates:
         param_dtype: native.DType,
         device_params: Mapping[tuple[int, int], int],
         deadline_seconds: float,
+        name_page: Callable[[int], str],
     ) -> None:
-        """``device_params``: address of each (unit, span) whose parameters live on the device."""
+        """``device_params``: address of each (unit, span) whose parameters live on the device. ``name_page`` says what
+        a page holds, for messages."""
+        self._name_page = name_page
         self._plan = plan
         self._deadline_seconds = deadline_seconds
         self._tickets: dict[int, native.Ticket] = {}
@@ -78,9 +81,14 @@ class Updates:
         if ticket is None:
             return
         start = time.perf_counter()
-        ticket.wait(self._deadline_seconds)
+        with naming(self._name_page):
+            ticket.wait(self._deadline_seconds)
         self.gate_seconds += time.perf_counter() - start
         del self._tickets[unit]
+
+    def pending(self) -> dict[int, native.Ticket]:
+        """The tickets of the updates under way, by unit."""
+        return dict(self._tickets)
 
     def drain(self) -> None:
         """Waits for every unit."""

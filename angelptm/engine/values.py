@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import angelptm_native as native
@@ -51,16 +51,55 @@ class Values:
         layout = self._plan.units[unit].layout
         for runs, dtype in ((self._master_runs(unit), torch.float32), (self._param_runs(unit), self._dtype)):
             for run in runs:
-                if run.device_address is not None:
-                    _gather(run.device_address, layout, values, run, dtype)
-                elif self._store.page_home(run.page) == native.Home.HOST:
-                    _gather(self._store.home_address(run.page), layout, values, run, dtype)
-                    self._store.publish_in_place(run.page)
-                else:
-                    frame = self._mover.staging_frame()
-                    _gather(self._mover.address(frame), layout, values, run, dtype)
-                    self._mover.write_behind(run.page, frame)
+                self._replace(run, lambda to, run=run, dtype=dtype: _gather(to, layout, values, run, dtype))
         self._mover.drain()
+
+    def rebuild(self, unit: int) -> None:
+        """Forms the trainable parameters from their masters, as an update would: rounded to compute precision."""
+        step = self._plan.page_bytes // 4
+        for index, (run, span) in enumerate(zip(self._param_runs(unit), self._pages[unit].spans)):
+            content = torch.empty(span.elements, dtype=self._dtype)
+            for number, page in enumerate(span.master):
+                part = torch.empty(min(step, span.elements - number * step))
+                on_host = self._store.page_home(page) == native.Home.HOST
+                address = self._store.home_address(page) if on_host else self._load(page)
+                native.copy_bytes(part.data_ptr(), address, part.numel() * 4)
+                if not on_host:
+                    self._mover.next_loaded()  # lets the staging frame go
+                content[number * step : number * step + part.numel()] = part
+            size = content.numel() * content.itemsize
+            self._replace(run, lambda to, content=content, size=size: native.copy_bytes(to, content.data_ptr(), size))
+        self._mover.drain()
+
+    def replace_page(self, page: int, content: torch.Tensor) -> None:
+        """Writes a page's whole content; ``content``: (used bytes,) uint8. Visible after ``settle``."""
+        self._replace(
+            _Run(page, None, 0, 0), lambda to: native.copy_bytes(to, content.data_ptr(), content.numel())
+        )
+
+    def clear_page(self, page: int) -> None:
+        """Makes a page read as zeros, as if it had never been written."""
+        if self._store.page_home(page) == native.Home.HOST:
+            native.fill_zero(self._store.home_address(page), self._plan.page_bytes)
+            self._store.publish_in_place(page)
+        else:
+            self._store.discard(page)
+
+    def settle(self) -> None:
+        """Returns when what was replaced is published."""
+        self._mover.drain()
+
+    def _replace(self, run: _Run, fill: Callable[[int], None]) -> None:
+        """Publishes the content of a page, or of a run on the device, that ``fill`` writes to the address it gets."""
+        if run.device_address is not None:
+            fill(run.device_address)
+        elif self._store.page_home(run.page) == native.Home.HOST:
+            fill(self._store.home_address(run.page))
+            self._store.publish_in_place(run.page)
+        else:
+            frame = self._mover.staging_frame()
+            fill(self._mover.address(frame))
+            self._mover.write_behind(run.page, frame)
 
     def read(self, unit: int, param: ParamLayout, *, master: bool = False) -> torch.Tensor:
         """A copy of a parameter in compute precision, or of its fp32 master, for which a frozen one has its value."""

@@ -1,5 +1,6 @@
 """Pages of a plan: their ids in the native store, by unit and kind."""
 
-from angelptm.pages.allocate import PageIds, SpanPages, UnitPages, allocate_pages, open_store
+from angelptm.pages.allocate import PageIds, SlotFiles, SpanPages, UnitPages, allocate_pages, open_store
+from angelptm.pages.catalogue import Catalogue, CataloguedPage, naming
 
-__all__ = ["PageIds", "SpanPages", "UnitPages", "allocate_pages", "open_store"]
+__all__ = ["Catalogue", "CataloguedPage", "PageIds", "SlotFiles", "SpanPages", "UnitPages", "allocate_pages", "naming", "open_store"]

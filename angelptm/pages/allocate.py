@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +43,21 @@ class UnitPages:
 PageIds = tuple[UnitPages, ...]
 
 
+@dataclass(frozen=True)
+class SlotFiles:
+    """Names of the files that hold the slots, one for each entry of ``Plan.ssd_slots_by_path``, and the slots that each
+    has already: the files stay, since commits name their slots. ``claimed`` are the (file, index) of these, one entry
+    for each time that a commit names one."""
+
+    names: tuple[str, ...]
+    slot_counts: tuple[int, ...]
+    claimed: Sequence[tuple[int, int]] = ()
+
+
 def open_store(
     plan: Plan,
     *,
+    slot_files: SlotFiles | None,
     backend: str,
     queue_depth: int,
     direct: bool,
@@ -53,8 +66,9 @@ def open_store(
 ) -> native.Store:
     """Allocates the host pool and preallocates the slot files.
 
-    Folders are created where missing. The files have no name from the moment they are open, so their space is given
-    back when the process ends, however it ends. Raises ConfigError for a folder that cannot be used, IoError otherwise.
+    Folders are created where missing. Without ``slot_files`` the files have no name from the moment they are open, so
+    their space is given back when the process ends, however it ends. Raises ConfigError for a folder that cannot be
+    used, IoError otherwise.
     """
     files: list[tuple[str, int, float]] = []
     made: list[Path] = []
@@ -70,9 +84,12 @@ def open_store(
             raise ConfigError(
                 f"tiers.ssd.{index}.path", folder, f"a folder that can be written ({error.strerror})"
             ) from error
-        files.append((str(path / f"angelptm-{uuid.uuid4().hex}.pages"), slots, weight))
+        name = f"angelptm-{uuid.uuid4().hex}.pages"
+        if slot_files is not None:
+            name, slots = slot_files.names[index], max(slots, slot_files.slot_counts[index])
+        files.append((str(path / name), slots, weight))
     try:
-        return native.Store(
+        store = native.Store(
             plan.page_bytes,
             plan.host_frames,
             files,
@@ -81,10 +98,14 @@ def open_store(
             direct=direct,
             deadline_seconds=deadline_seconds,
             faults=faults,
+            keep_files=slot_files is not None,
         )
     except BaseException:
         remove_folders(made)
         raise
+    if slot_files is not None:
+        store.claim_slots(list(slot_files.claimed))
+    return store
 
 
 def remove_folders(folders: list[Path]) -> None:

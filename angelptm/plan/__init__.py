@@ -4,12 +4,13 @@ Pure functions on pure data. Nothing here imports torch or the native module, so
 """
 
 from angelptm.plan.arena import ArenaPlacement, Window, place_units, windows_of
-from angelptm.plan.budget import Budgets, Plan, SpanPlan, SsdBudget, UnitPlan, make_plan
+from angelptm.plan.budget import Budgets, CommitBudget, Plan, SpanPlan, SsdBudget, UnitPlan, make_plan
 from angelptm.plan.describe import plan_rows, plan_summary
 
 __all__ = [
     "ArenaPlacement",
     "Budgets",
+    "CommitBudget",
     "Plan",
     "SpanPlan",
     "SsdBudget",

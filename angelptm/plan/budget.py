@@ -32,6 +32,16 @@ class SsdBudget:
 
 
 @dataclass(frozen=True)
+class CommitBudget:
+    """Commits to keep, and the folder whose disk takes them where there is no SSD tier. ``other_bytes``: content that
+    is no page of the plan and goes into each commit (the model's buffers)."""
+
+    keep: int
+    folder: SsdBudget
+    other_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Budgets:
     """What the user allows, and how pages shall be placed; the ``placement`` fields mean what the config's mean."""
 
@@ -46,6 +56,7 @@ class Budgets:
     ring_depth: int | None = None
     queue_depth: int = 16
     cores: int = 2
+    commits: CommitBudget | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,9 @@ class Plan:
     ring_frames: int
     home_frames: int
     staging_frames: int
+    saver_frames: int  # kept by the thread that makes commits
     ssd_slots: int
+    commit_slots: int  # of them: what commits hold beyond what is current
     ssd_slots_by_path: tuple[tuple[str, int, float], ...]
     kind_bytes: dict[str, dict[str, int]]  # kind → tier → bytes of whole pages
 
@@ -247,7 +260,7 @@ def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Sp
         # A span that straddles the border of its kind counts as one on the SSD.
         slot = (0 if param_on_device else 1) + (demand.span_grad_pages if on_ssd[1] else 0)
         slot += demand.span_state_pages if on_ssd[2] else 0
-        staging = _MIN_STAGING if any(on_ssd) or wishes.total[0] else 0
+        staging = (_MIN_STAGING if any(on_ssd) or wishes.total[0] else 0) + _saver_frames(budgets)
         n, d = threads, depth
         while d > least_depth and n * d * slot + staging > ring_room:
             d -= 1
@@ -262,7 +275,7 @@ def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Sp
     least = split(wishes.with_room(0), 0)
     if budgets.ssd and least.needed_frames <= frames:
         slot = (0 if param_on_device else 1) + demand.span_state_pages + demand.span_grad_pages
-        full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth)
+        full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth) + _saver_frames(budgets)
         shared = frames - wishes.fixed_sum
         moving = max(least.needed_frames - wishes.fixed_sum, min(full, shared // 2))
         return split(wishes.with_room(shared - moving), moving)
@@ -290,15 +303,21 @@ def _host_error(budgets: Budgets, split: _Split, frames: int) -> CapacityError:
     )
 
 
-def _spread_slots(budgets: Budgets, slots: int) -> tuple[tuple[str, int, float], ...]:
+def _saver_frames(budgets: Budgets) -> int:
+    """What the thread that makes commits keeps for itself."""
+    return 1 if budgets.commits is not None else 0
+
+
+def _spread_slots(budgets: Budgets, slots: int, commit_slots: int) -> tuple[tuple[str, int, float], ...]:
     """Slots for each folder: by weight where the user gave no size, else what fits the size. Checks the free space."""
     if slots == 0:
         return ()
     page = budgets.page_bytes
-    room = [
-        (folder.size_bytes if folder.size_bytes is not None else folder.free_bytes) // page for folder in budgets.ssd
-    ]
-    for folder in budgets.ssd:
+    ssd = budgets.ssd
+    if not ssd and budgets.commits is not None and slots == commit_slots:
+        ssd = (budgets.commits.folder,)  # no SSD tier: copies of what is in memory
+    room = [(folder.size_bytes if folder.size_bytes is not None else folder.free_bytes) // page for folder in ssd]
+    for folder in ssd:
         if folder.size_bytes is not None and folder.size_bytes > folder.free_bytes:
             raise CapacityError(
                 "ssd",
@@ -308,19 +327,22 @@ def _spread_slots(budgets: Budgets, slots: int) -> tuple[tuple[str, int, float],
                 "Free disk space, or lower tiers.ssd[].size.",
             )
     if sum(room) < slots:
-        if not budgets.ssd:
+        if not ssd:
             remedy = "Add tiers.ssd: [{path: FOLDER}], or set what is ssd in placement to auto or host."
-        elif all(folder.size_bytes is not None for folder in budgets.ssd):
+        elif all(folder.size_bytes is not None for folder in ssd):
             remedy = f"Raise tiers.ssd[].size to {_mib(slots * page)} in sum."
         else:
             remedy = "Free disk space, add a folder to tiers.ssd, or raise tiers.host to keep more in memory."
-        folders = ", in " + ", ".join(folder.path for folder in budgets.ssd) + "," if budgets.ssd else ""
-        raise CapacityError("ssd", slots * page, sum(room) * page, f"what lives on the SSD{folders}", remedy)
-    total = sum(folder.weight for folder in budgets.ssd)
-    counts = [min(pages, math.floor(slots * folder.weight / total)) for folder, pages in zip(budgets.ssd, room)]
+        if commit_slots and budgets.commits is not None and budgets.commits.keep > 1:
+            remedy += f" Or lower checkpoint.keep (now {budgets.commits.keep})."
+        folders = ", in " + ", ".join(folder.path for folder in ssd) + "," if ssd else ""
+        commits = f", {format_bytes(commit_slots * page)} of it for commits" if commit_slots else ""
+        raise CapacityError("ssd", slots * page, sum(room) * page, f"what lives on the SSD{folders}{commits}", remedy)
+    total = sum(folder.weight for folder in ssd)
+    counts = [min(pages, math.floor(slots * folder.weight / total)) for folder, pages in zip(ssd, room)]
     for index, pages in enumerate(room):
         counts[index] += min(pages - counts[index], max(0, slots - sum(counts)))
-    return tuple((folder.path, count, folder.weight) for folder, count in zip(budgets.ssd, counts) if count)
+    return tuple((folder.path, count, folder.weight) for folder, count in zip(ssd, counts) if count)
 
 
 def make_plan(
@@ -373,7 +395,8 @@ def make_plan(
 
     kind_bytes = _kind_bytes(units, page_bytes, moment_count)
     live = sum(tiers["ssd"] for tiers in kind_bytes.values()) // page_bytes
-    slots = live + _slots_in_flight(budgets, demand) if live else 0
+    commit_slots = _commit_slots(budgets, units, kind_bytes)
+    slots = (live + _slots_in_flight(budgets, demand) if live else 0) + commit_slots
     home_frames = sum(tiers["host"] for tiers in kind_bytes.values()) // page_bytes
     host_frames = budgets.host_bytes // page_bytes
     plan = Plan(
@@ -389,16 +412,36 @@ def make_plan(
         ring_depth=split.depth,
         ring_frames=split.ring_frames,
         home_frames=home_frames,
-        staging_frames=host_frames - split.ring_frames - home_frames,
+        staging_frames=host_frames - split.ring_frames - home_frames - _saver_frames(budgets),
+        saver_frames=_saver_frames(budgets),
         ssd_slots=slots,
-        ssd_slots_by_path=_spread_slots(budgets, slots),
+        commit_slots=commit_slots,
+        ssd_slots_by_path=_spread_slots(budgets, slots, commit_slots),
         kind_bytes=kind_bytes,
     )
-    if live == 0 and host_frames > plan.ring_frames + plan.home_frames + budgets.queue_depth:
+    needed = plan.ring_frames + plan.home_frames + plan.saver_frames + budgets.queue_depth
+    if live == 0 and host_frames > needed:
         # Nothing moves to the SSD: the pool needs no more than its pages, so it takes no more.
-        needed = plan.ring_frames + plan.home_frames + budgets.queue_depth
         plan = replace(plan, host_frames=needed, staging_frames=budgets.queue_depth)
     return plan
+
+
+def _commit_slots(budgets: Budgets, units: Sequence[UnitPlan], kind_bytes: dict[str, dict[str, int]]) -> int:
+    """Slots that commits hold beyond what is current.
+
+    Trainable parameters are in no commit, being their masters rounded. A state page that lives on the SSD is current in
+    one slot and in one more for each commit kept; the commit that is being made shares the current one. One that lives
+    on the host has a copy in each commit kept and in the one being made. Frozen parameters never change: one copy.
+    """
+    if budgets.commits is None:
+        return 0
+    keep = budgets.commits.keep
+    states = [tiers for kind, tiers in kind_bytes.items() if kind not in ("PARAM", "GRAD")]
+    on_ssd = sum(tiers["ssd"] for tiers in states) // budgets.page_bytes
+    on_host = sum(tiers["host"] for tiers in states) // budgets.page_bytes
+    frozen = sum(home != "ssd" for unit in units for home in unit.frozen_homes)
+    other = math.ceil(budgets.commits.other_bytes / budgets.page_bytes)
+    return keep * on_ssd + (keep + 1) * (on_host + other) + frozen
 
 
 def _slots_in_flight(budgets: Budgets, demand: _Demand) -> int:

@@ -6,7 +6,7 @@ from angelptm.plan.budget import Plan
 
 
 def plan_rows(plan: Plan) -> list[dict[str, int | str]]:
-    """One row a kind, bytes of whole pages on each tier, and a last row with the frames for pages on the move."""
+    """One row a kind, bytes of whole pages on each tier, then what is for pages on the move, and for commits."""
     rows: list[dict[str, int | str]] = [{"kind": kind, **tiers} for kind, tiers in plan.kind_bytes.items()]
     arena = plan.arena.peak_frames * plan.page_bytes
     on_device = plan.kind_bytes["PARAM"]["device"]
@@ -14,10 +14,13 @@ def plan_rows(plan: Plan) -> list[dict[str, int | str]]:
         {
             "kind": "on the move",
             "device": arena - on_device if on_device == 0 else 0,
-            "host": (plan.ring_frames + plan.staging_frames) * plan.page_bytes,
-            "ssd": plan.ssd_slots * plan.page_bytes - sum(tiers["ssd"] for tiers in plan.kind_bytes.values()),
+            "host": (plan.ring_frames + plan.staging_frames + plan.saver_frames) * plan.page_bytes,
+            "ssd": (plan.ssd_slots - plan.commit_slots) * plan.page_bytes
+            - sum(tiers["ssd"] for tiers in plan.kind_bytes.values()),
         }
     )
+    if plan.commit_slots:
+        rows.append({"kind": "commits", "device": 0, "host": 0, "ssd": plan.commit_slots * plan.page_bytes})
     return rows
 
 
@@ -37,11 +40,12 @@ def plan_summary(plan: Plan) -> dict[str, object]:
             "frames": plan.host_frames,
             "home_bytes": plan.home_frames * plan.page_bytes,
             "ring_bytes": plan.ring_frames * plan.page_bytes,
-            "staging_bytes": plan.staging_frames * plan.page_bytes,
+            "staging_bytes": (plan.staging_frames + plan.saver_frames) * plan.page_bytes,
         },
         "ssd": {
             "slots": plan.ssd_slots,
             "bytes": plan.ssd_slots * plan.page_bytes,
+            "commit_bytes": plan.commit_slots * plan.page_bytes,
             "paths": [{"path": path, "slots": slots} for path, slots, _ in plan.ssd_slots_by_path],
         },
         "update": {"threads": plan.update_threads, "ring_depth": plan.ring_depth},

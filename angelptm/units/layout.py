@@ -82,3 +82,31 @@ def pack(
     frozen_offset = align_up(trainable_elements, page_elements)
     frozen_elements = place(False, frozen_offset) - frozen_offset
     return UnitLayout(name, index, tuple(placed), trainable_elements, frozen_offset, frozen_elements)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements [start, start + count) of a parameter, ``at`` elements after the start of the run they are in."""
+
+    param: ParamLayout
+    start: int
+    count: int
+    at: int
+
+
+def segments_of(layout: UnitLayout, start: int, count: int) -> list[Segment]:
+    """What of which parameters lies in ``count`` elements of the unit from ``start`` on, in order."""
+    found = []
+    for param in layout.params:
+        first, last = max(start, param.offset), min(start + count, param.end)
+        if first < last:
+            found.append(Segment(param, first - param.offset, last - first, first - start))
+    return found
+
+
+def name_elements(layout: UnitLayout, start: int, count: int) -> str:
+    """``h.0.ln_1.weight[0:768], h.0.ln_1.bias[0:768] and 3 more``: for messages."""
+    segments = segments_of(layout, start, count)
+    named = [f"{one.param.name}[{one.start}:{one.start + one.count}]" for one in segments[:3]]
+    rest = f" and {len(segments) - 3} more" if len(segments) > 3 else ""
+    return (", ".join(named) or f"the space between parameters of {layout.name}") + rest

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "bind/bind.h"
+#include "pages/corrupt_page.h"
 #include "pages/store.h"
 #include "pages/ticket.h"
 
@@ -22,23 +23,48 @@ namespace {
 
 std::uint64_t integer(const void* address) { return reinterpret_cast<std::uint64_t>(address); }
 
+using SlotTuple = std::pair<std::uint32_t, std::uint32_t>;  // file, index in it
+
+std::vector<pages::Slot> to_slots(const std::vector<SlotTuple>& tuples) {
+  std::vector<pages::Slot> slots;
+  slots.reserve(tuples.size());
+  for (const auto& [file, index] : tuples) slots.push_back({file, index});
+  return slots;
+}
+
+// As io_engine's IoError, the Python class is looked up when first needed. Which parameter the page holds is for the
+// side that knows tensors to say.
+void translate(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const pages::CorruptPage& error) {
+    const py::object type = py::module_::import("angelptm.errors").attr("CorruptPageError");
+    const py::object instance = type(error.page, "", error.path, error.offset, error.expected, error.found);
+    PyErr_SetObject(type.ptr(), instance.ptr());
+  }
+}
+
 void bind_store(py::module_& module) {
   py::enum_<Home>(module, "Home").value("HOST", Home::kHost).value("SSD", Home::kSsd);
+  py::enum_<pages::Captured::State>(module, "Captured")
+      .value("ZEROS", pages::Captured::State::kZeros)
+      .value("IN_SLOT", pages::Captured::State::kInSlot)
+      .value("UNSAVED", pages::Captured::State::kUnsaved);
 
   py::class_<Store>(module, "Store")
       .def(py::init([](std::uint64_t page_bytes, std::uint32_t host_frames,
                        const std::vector<std::tuple<std::string, std::uint32_t, double>>& files, io::Backend backend,
                        std::size_t queue_depth, bool direct, double deadline_seconds,
-                       std::optional<io::FaultPlan> faults) {
+                       std::optional<io::FaultPlan> faults, bool keep_files) {
              std::vector<StoreFile> specs;
              for (const auto& [path, slots, weight] : files) specs.push_back({path, slots, weight});
              return std::make_unique<Store>(
-                 page_bytes, host_frames, specs,
+                 page_bytes, host_frames, specs, keep_files ? pages::Naming::kKept : pages::Naming::kUnlinked,
                  pages::IoOptions{backend, queue_depth, direct, deadline_seconds, std::move(faults)});
            }),
            py::arg("page_bytes"), py::arg("host_frames"), py::arg("files"), py::kw_only(),
            py::arg("backend") = io::Backend::kAuto, py::arg("queue_depth") = 16, py::arg("direct") = true,
-           py::arg("deadline_seconds") = 120.0, py::arg("faults") = std::nullopt,
+           py::arg("deadline_seconds") = 120.0, py::arg("faults") = std::nullopt, py::arg("keep_files") = false,
            py::call_guard<py::gil_scoped_release>())
       .def(
           "add_page",
@@ -56,12 +82,47 @@ void bind_store(py::module_& module) {
       .def(
           "discard", [](Store& store, PageId page) { store.mover().discard(page); },
           py::call_guard<py::gil_scoped_release>())
+      .def("page_written", [](Store& store, PageId page) { return store.table().info(page).written; })
+      .def_property_readonly("slot_counts",
+                             [](Store& store) {
+                               std::vector<std::uint32_t> counts;
+                               for (const auto& file : store.slots().files()) counts.push_back(file.slot_count);
+                               return counts;
+                             })
+      .def("claim_slots",
+           [](Store& store, const std::vector<SlotTuple>& slots) { store.slots().claim(to_slots(slots)); })
+      .def("release_slots",
+           [](Store& store, const std::vector<SlotTuple>& slots) {
+             for (const pages::Slot slot : to_slots(slots)) store.slots().release(slot);
+           })
+      .def("slot_reference_count",
+           [](Store& store, std::uint32_t file, std::uint32_t index) {
+             return store.slots().reference_count({file, index});
+           })
+      .def(
+          "capture",
+          [](Store& store, const std::vector<PageId>& ids) {
+            std::vector<std::tuple<pages::Captured::State, std::uint32_t, std::uint32_t, std::uint32_t, std::uint64_t>>
+                found;
+            for (const pages::Captured& page : store.table().capture(ids))
+              found.emplace_back(page.state, page.slot.file, page.slot.index, page.crc, page.version);
+            return found;
+          },
+          py::arg("pages"))
+      .def(
+          "adopt",
+          [](Store& store, PageId page, std::uint32_t file, std::uint32_t index, std::uint32_t crc,
+             std::uint64_t version) { store.table().adopt(page, {file, index}, crc, version); },
+          py::arg("page"), py::arg("file"), py::arg("index"), py::arg("crc"), py::arg("version"))
+      .def("make_saver", &Store::make_saver, py::keep_alive<0, 1>(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("page_bytes", [](Store& store) { return store.host().page_bytes(); })
       .def_property_readonly("page_count", [](Store& store) { return store.table().page_count(); })
       .def_property_readonly("host_frame_count", [](Store& store) { return store.host().frame_count(); })
       .def_property_readonly("host_used_count", [](Store& store) { return store.host().used_count(); })
       .def_property_readonly("host_peak_count", [](Store& store) { return store.host().peak_count(); })
       .def_property_readonly("slot_count", [](Store& store) { return store.slots().slot_count(); })
+      .def_property_readonly(
+          "slot_free_count", [](Store& store) { return store.slots().slot_count() - store.slots().used_count(); })
       .def_property_readonly("slot_used_count", [](Store& store) { return store.slots().used_count(); })
       .def_property_readonly("slot_peak_count", [](Store& store) { return store.slots().peak_count(); })
       .def_property_readonly("notes", [](Store& store) { return store.notes(); })
@@ -100,9 +161,28 @@ void bind_mover(py::module_& module) {
           py::cpp_function([](PageMover& mover) { return mover.counters().written_bytes; }, Release()));
 }
 
+void bind_saver(py::module_& module) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  using pages::PageSaver;
+  py::class_<PageSaver>(module, "PageSaver")
+      .def("save", &PageSaver::save, py::arg("pages"), Release())
+      .def(
+          "save_bytes",
+          [](PageSaver& saver, std::uint64_t address, std::uint32_t bytes) {
+            std::uint32_t crc = 0;
+            const pages::Slot slot = saver.save_bytes(reinterpret_cast<const std::byte*>(address), bytes, crc);
+            return std::make_tuple(slot.file, slot.index, crc);
+          },
+          py::arg("address"), py::arg("bytes"), Release())
+      .def("flush", &PageSaver::flush, Release())
+      .def_property_readonly("written_bytes", py::cpp_function(&PageSaver::written_bytes, Release()));
+}
+
 }  // namespace
 
 void bind_pages(py::module_& module) {
+  py::register_local_exception_translator(&translate);
+  py::register_exception<pages::StoppedError>(module, "StoppedError", PyExc_RuntimeError);
   py::register_exception<pages::TierCapacityError>(module, "TierCapacityError", PyExc_RuntimeError);
   py::register_exception<DeadlineError>(module, "DeadlineError", PyExc_TimeoutError);
   py::class_<Ticket, std::shared_ptr<Ticket>>(module, "Ticket")
@@ -110,6 +190,7 @@ void bind_pages(py::module_& module) {
       .def("wait", &Ticket::wait, py::arg("deadline_seconds"), py::call_guard<py::gil_scoped_release>());
   bind_store(module);
   bind_mover(module);
+  bind_saver(module);
   module.def(
       "copy_bytes",
       [](std::uint64_t to, std::uint64_t from, std::uint64_t bytes) {

@@ -48,17 +48,19 @@ void PageMover::settle(const io::Outcome& outcome) {
       if (!write_error_) write_error_ = outcome.error;
       table_.cancel_slot(write.slot);
     } else {
-      table_.publish_slot(write.page, write.slot);
+      table_.publish_slot(write.page, write.slot, write.crc);
     }
     table_.host().release(write.frame);
   } else if (const auto found = reads_.find(outcome.tag); found != reads_.end()) {
     const Read read = found->second;
     reads_.erase(found);
-    if (outcome.error) {
-      if (!read_error_) read_error_ = outcome.error;
+    try {
+      if (outcome.error) throw io::IoError(*outcome.error);
+      check(table_, load_[read.index], read.info, address(read.frame));
+      ready_.push_back({read.index, read.frame, read.info.used_bytes});
+    } catch (...) {
+      if (!read_error_) read_error_ = std::current_exception();
       table_.host().release(read.frame);
-    } else {
-      ready_.push_back({read.index, read.frame, read.bytes});
     }
   }
 }
@@ -131,7 +133,7 @@ void PageMover::collect_reads(std::vector<io::Transfer>& transfers) {
       continue;
     }
     const std::uint64_t tag = next_tag_++;
-    reads_.emplace(tag, Read{load_next_++, *frame, info.used_bytes});
+    reads_.emplace(tag, Read{load_next_++, *frame, info});
     transfers.push_back({tag, io::Op::kRead, static_cast<int>(info.slot.file), table_.ssd().offset(info.slot),
                          address(*frame), transfer_bytes(info.used_bytes)});
   }
@@ -160,7 +162,7 @@ std::optional<LoadedPage> PageMover::next_loaded() {
     while (ready_.empty() && !read_error_) reap_one();
     // Before a page that shows its former content is handed out, somebody must have been told that a write was lost.
     if (!write_error_told_) throw_write_error();
-    if (read_error_) throw io::IoError(*read_error_);
+    if (read_error_) std::rethrow_exception(read_error_);
   });
   const Ready page = ready_.front();
   ready_.pop_front();
@@ -193,7 +195,7 @@ void PageMover::abandon_load() {
   ready_.clear();
   load_.clear();
   load_next_ = load_handed_out_ = 0;
-  read_error_.reset();
+  read_error_ = nullptr;
 }
 
 Frame PageMover::take_loaded() {
@@ -243,10 +245,10 @@ void PageMover::write_behind(PageId page, Frame frame) {
 
 void PageMover::submit_write(PageId page, Frame frame, std::uint32_t used_bytes) {
   // Each write that is published gives the page's former slot back.
-  auto slot = table_.ssd().allocate();
+  auto slot = table_.try_reserve_slot();
   while (!slot && !writes_.empty()) {
     reap_one();
-    slot = table_.ssd().allocate();
+    slot = table_.try_reserve_slot();
   }
   if (!slot) slot = table_.reserve_slot();
   const std::uint64_t tag = next_tag_++;
@@ -256,7 +258,7 @@ void PageMover::submit_write(PageId page, Frame frame, std::uint32_t used_bytes)
                               table_.ssd().offset(*slot),
                               address(frame),
                               transfer_bytes(used_bytes)};
-  writes_.emplace(tag, Write{page, frame, *slot});
+  writes_.emplace(tag, Write{page, frame, *slot, seal(address(frame), used_bytes)});
   writing_.insert(page);
   try {
     engine_->submit({&transfer, 1});

@@ -1,5 +1,6 @@
 // Moves whole pages between their homes and staging frames on behalf of one
-// thread: reads ahead of the caller, writes behind it.
+// thread: reads ahead of the caller, writes behind it. Every page read is
+// checked against the CRC32C of what was written.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "io/engine.h"
+#include "pages/corrupt_page.h"
 #include "pages/page_table.h"
 
 namespace angelptm::pages {
@@ -31,7 +33,8 @@ class PageMover {
   ~PageMover();  // waits (bounded) for the kernel to let go of the frames
 
   // Reads. A load in progress must be finished (every page handed out) or ended before another begins. A call that
-  // throws has ended it, unless the device does not answer (IoError kDeadline).
+  // throws has ended it, unless the device does not answer (IoError kDeadline). Throws CorruptPage for what was read
+  // wrong; the store is stopped then.
   void begin_load(std::vector<PageId> pages);
   std::optional<LoadedPage> next_loaded();  // in the order of arrival; empty when all were handed out
   Frame take_loaded();  // the frame of the page handed out last is the caller's now (SSD pages only)
@@ -56,11 +59,12 @@ class PageMover {
     PageId page;
     Frame frame;
     Slot slot;
+    std::uint32_t crc;
   };
   struct Read {
     std::size_t index;
     Frame frame;
-    std::uint32_t bytes;
+    PageInfo info;  // as it was when the read was submitted
   };
 
   struct Ready {
@@ -95,13 +99,10 @@ class PageMover {
   std::size_t load_handed_out_ = 0;  // pages of load_ returned so far
   std::deque<Ready> ready_;
   Frame handed_out_ = kNoFrame;
-  std::optional<io::IoError> read_error_;   // of the load in progress
+  std::exception_ptr read_error_;           // of the load in progress
   std::optional<io::IoError> write_error_;  // the first one, for good
   bool write_error_told_ = false;
   double wait_seconds_ = 0;
 };
-
-// Bytes that travel for a page with `used` content bytes: whole sectors of 4096.
-constexpr std::uint64_t transfer_bytes(std::uint32_t used) { return (std::uint64_t{used} + 4095) / 4096 * 4096; }
 
 }  // namespace angelptm::pages

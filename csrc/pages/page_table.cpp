@@ -18,7 +18,7 @@ PageId PageTable::add(Home home, std::uint32_t used_bytes) {
   if (used_bytes == 0 || used_bytes > host_.page_bytes())
     throw std::invalid_argument("a page has from 1 to " + std::to_string(host_.page_bytes()) +
                                 " bytes of content, not " + std::to_string(used_bytes));
-  PageInfo page{home, used_bytes, 0, false, kNoFrame, Slot{0, 0}};
+  PageInfo page{home, used_bytes, 0, false, kNoFrame, Slot{0, 0}, 0, false, 0};
   if (home == Home::kHost) {
     const auto frame = host_.allocate();
     if (!frame) throw TierCapacityError("host tier: all " + std::to_string(host_.frame_count()) + " frames are taken");
@@ -59,13 +59,21 @@ void PageTable::publish_in_place(PageId page) {
   ++entry.version;
 }
 
+std::optional<Slot> PageTable::try_reserve_slot() {
+  {
+    std::lock_guard lock(mutex_);
+    if (!stopped_because_.empty()) throw StoppedError("nothing is written any more, since " + stopped_because_);
+  }
+  return ssd_.allocate();
+}
+
 Slot PageTable::reserve_slot() {
-  const auto slot = ssd_.allocate();
+  const auto slot = try_reserve_slot();
   if (!slot) throw TierCapacityError("ssd tier: all " + std::to_string(ssd_.slot_count()) + " slots are taken");
   return *slot;
 }
 
-void PageTable::publish_slot(PageId page, Slot slot) {
+void PageTable::publish_slot(PageId page, Slot slot, std::uint32_t crc) {
   Slot former{};
   bool had_former = false;
   {
@@ -75,6 +83,7 @@ void PageTable::publish_slot(PageId page, Slot slot) {
     former = entry.slot;
     had_former = entry.written;
     entry.slot = slot;
+    entry.crc = crc;
     entry.written = true;
     ++entry.version;
   }
@@ -93,6 +102,62 @@ void PageTable::discard(PageId page) {
     entry.written = false;
   }
   ssd_.release(former);
+}
+
+std::vector<Captured> PageTable::capture(const std::vector<PageId>& pages) {
+  std::lock_guard lock(mutex_);
+  for (const PageId page : pages) (void)pages_.at(page);  // before the first reference is taken
+  std::vector<Captured> captured;
+  captured.reserve(pages.size());
+  for (const PageId page : pages) {
+    const PageInfo& entry = pages_[page];
+    Captured now{Captured::State::kInSlot, entry.slot, entry.crc, entry.version};
+    if (!entry.written)
+      now.state = Captured::State::kZeros;
+    else if (entry.home == Home::kHost && !(entry.saved && entry.saved_version == entry.version))
+      now.state = Captured::State::kUnsaved;
+    else
+      ssd_.retain(entry.slot);
+    captured.push_back(now);
+  }
+  return captured;
+}
+
+void PageTable::keep_saved(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version) {
+  std::optional<Slot> former;
+  {
+    std::lock_guard lock(mutex_);
+    PageInfo& entry = pages_.at(page);
+    expect_home(entry, Home::kHost);
+    if (entry.saved) former = entry.slot;
+    entry.slot = slot;
+    entry.crc = crc;
+    entry.saved = true;
+    entry.saved_version = version;
+  }
+  if (former) ssd_.release(*former);
+}
+
+void PageTable::adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version) {
+  ssd_.retain(slot);
+  std::optional<Slot> former;
+  {
+    std::lock_guard lock(mutex_);
+    PageInfo& entry = pages_.at(page);
+    if (entry.home == Home::kHost ? entry.saved : entry.written) former = entry.slot;
+    entry.slot = slot;
+    entry.crc = crc;
+    entry.version = version;
+    entry.written = true;
+    entry.saved = entry.home == Home::kHost;
+    entry.saved_version = version;
+  }
+  if (former) ssd_.release(*former);
+}
+
+void PageTable::stop(const std::string& reason) {
+  std::lock_guard lock(mutex_);
+  if (stopped_because_.empty()) stopped_because_ = reason;
 }
 
 }  // namespace angelptm::pages

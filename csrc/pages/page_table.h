@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,13 +25,33 @@ enum class Home : std::uint8_t {
 struct PageInfo {
   Home home;
   std::uint32_t used_bytes;  // content; the rest of the frame is padding and does not travel
-  std::uint64_t version;     // publishes so far
+  std::uint64_t version;     // publishes so far, of former runs that this one resumed too
   bool written;
-  Frame frame;  // Home::kHost
-  Slot slot;    // Home::kSsd, valid when written
+  Frame frame;        // Home::kHost
+  Slot slot;          // Home::kSsd: current content, valid when written. Home::kHost: its saved copy, valid when saved
+  std::uint32_t crc;  // CRC32C of the slot's transfer_bytes(used_bytes)
+  bool saved;         // Home::kHost: the slot has the content of saved_version
+  std::uint64_t saved_version;
+};
+
+// The content of a page at one moment, for a commit.
+struct Captured {
+  enum class State : std::uint8_t {
+    kZeros,    // never written
+    kInSlot,   // in `slot`, on which the caller has a reference now
+    kUnsaved,  // in a host frame alone: PageSaver writes it to a slot
+  } state;
+  Slot slot;
+  std::uint32_t crc;
+  std::uint64_t version;
 };
 
 struct TierCapacityError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The store was stopped, since a page turned out to be corrupt: nothing is written any more.
+struct StoppedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
@@ -49,13 +70,26 @@ class PageTable {
   Frame publish_frame(PageId page, Frame frame);
   // Host pages written in place by their only writer: counts the version.
   void publish_in_place(PageId page);
-  // SSD pages: a slot to write the next content to. Throws TierCapacityError when all slots are taken.
+  // A slot to write a page's next content to. Throws TierCapacityError when all slots are taken, StoppedError after
+  // stop(). try_ returns empty instead of the former.
   Slot reserve_slot();
-  // Makes the fully written slot current and gives the former one back.
-  void publish_slot(PageId page, Slot slot);
+  std::optional<Slot> try_reserve_slot();
+  // SSD pages: makes the fully written slot current and gives the former one back.
+  void publish_slot(PageId page, Slot slot, std::uint32_t crc);
   void cancel_slot(Slot slot);
   // The content is no longer needed (a taken gradient): an SSD page gives its slot back and reads as zeros again.
   void discard(PageId page);
+
+  // The pages' content as it is now; each kInSlot is a reference of the caller's, to be released by ssd().release. No
+  // page may be written to meanwhile: its update is done, or not yet begun.
+  std::vector<Captured> capture(const std::vector<PageId>& pages);
+  // Host pages: `slot`, a reference that the table owns from here on, has the page's content of `version`.
+  void keep_saved(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version);
+  // The page's content is what a former run wrote to `slot`: takes a reference of its own. A host page's frame has been
+  // filled with it already.
+  void adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version);
+  // From here on no slot is given out.
+  void stop(const std::string& reason);
 
   HostPool& host() const { return host_; }
   SlotMap& ssd() const { return ssd_; }
@@ -65,6 +99,7 @@ class PageTable {
   SlotMap& ssd_;
   mutable std::mutex mutex_;
   std::vector<PageInfo> pages_;
+  std::string stopped_because_;  // empty while the store may be written to
 };
 
 }  // namespace angelptm::pages

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 namespace angelptm::pages {
 
@@ -10,7 +11,7 @@ SlotMap::SlotMap(std::uint64_t page_bytes, std::vector<SlotFile> files)
   for (std::size_t i = 0; i < files_.size(); ++i) {
     const std::uint32_t count = files_[i].slot_count;
     slot_count_ += count;
-    free_[i].taken.assign(count, false);
+    free_[i].references.assign(count, 0);
     free_[i].indices.reserve(count);
     for (std::uint32_t index = count; index-- > 0;) free_[i].indices.push_back(index);
   }
@@ -32,18 +33,48 @@ std::optional<Slot> SlotMap::allocate() {
   free.credit -= total;
   const std::uint32_t index = free.indices.back();
   free.indices.pop_back();
-  free.taken[index] = true;
+  free.references[index] = 1;
   peak_count_ = std::max(peak_count_, ++used_count_);
   return Slot{*chosen, index};
 }
 
+std::uint32_t& SlotMap::references(Slot slot) {
+  if (slot.file >= free_.size() || slot.index >= free_[slot.file].references.size())
+    throw std::logic_error("SlotMap: no such slot");
+  return free_[slot.file].references[slot.index];
+}
+
+void SlotMap::retain(Slot slot) {
+  std::lock_guard lock(mutex_);
+  std::uint32_t& count = references(slot);
+  if (count == 0) throw std::logic_error("SlotMap: retain of a slot that is not taken");
+  ++count;
+}
+
 void SlotMap::release(Slot slot) {
   std::lock_guard lock(mutex_);
-  if (slot.file >= free_.size() || slot.index >= free_[slot.file].taken.size() || !free_[slot.file].taken[slot.index])
-    throw std::logic_error("SlotMap: release of a slot that is not taken");
-  free_[slot.file].taken[slot.index] = false;
+  std::uint32_t& count = references(slot);
+  if (count == 0) throw std::logic_error("SlotMap: release of a slot that is not taken");
+  if (--count > 0) return;
   free_[slot.file].indices.push_back(slot.index);
   --used_count_;
+}
+
+void SlotMap::claim(const std::vector<Slot>& slots) {
+  std::lock_guard lock(mutex_);
+  for (const Slot slot : slots)
+    if (slot.file >= free_.size() || slot.index >= free_[slot.file].references.size())
+      throw std::invalid_argument("no slot " + std::to_string(slot.index) + " in file " + std::to_string(slot.file));
+  for (const Slot slot : slots)
+    if (free_[slot.file].references[slot.index]++ == 0) ++used_count_;
+  for (Free& free : free_)
+    std::erase_if(free.indices, [&](std::uint32_t index) { return free.references[index] > 0; });
+  peak_count_ = std::max(peak_count_, used_count_);
+}
+
+std::uint32_t SlotMap::reference_count(Slot slot) const {
+  std::lock_guard lock(mutex_);
+  return const_cast<SlotMap*>(this)->references(slot);
 }
 
 std::uint64_t SlotMap::used_count() const {

@@ -16,11 +16,11 @@ std::uint64_t checked_page_bytes(std::uint64_t page_bytes) {
 }
 
 std::vector<SlotFile> open_files(std::uint64_t page_bytes, const std::vector<StoreFile>& files, bool direct,
-                                 std::vector<std::string>& notes) {
+                                 bool unlink, std::vector<std::string>& notes) {
   std::vector<SlotFile> opened;
   for (const StoreFile& file : files) {
     auto handle = io::File::open(
-        file.path, {.create = true, .direct = direct, .unlink = true, .allocate_bytes = page_bytes * file.slot_count});
+        file.path, {.create = true, .direct = direct, .unlink = unlink, .allocate_bytes = page_bytes * file.slot_count});
     if (!handle->direct()) notes.push_back(file.path + ": buffered I/O, because " + handle->buffered_reason());
     opened.push_back({std::move(handle), file.slot_count, file.weight});
   }
@@ -30,10 +30,10 @@ std::vector<SlotFile> open_files(std::uint64_t page_bytes, const std::vector<Sto
 }  // namespace
 
 Store::Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files,
-             IoOptions options)
+             Naming naming, IoOptions options)
     : options_(std::move(options)),
       host_(checked_page_bytes(page_bytes), host_frames),
-      slots_(page_bytes, open_files(page_bytes, files, options_.direct, notes_)),
+      slots_(page_bytes, open_files(page_bytes, files, options_.direct, naming == Naming::kUnlinked, notes_)),
       table_(host_, slots_),
       mover_(std::make_unique<PageMover>(table_, make_engine(), options_.deadline_seconds)) {}
 
@@ -49,6 +49,10 @@ std::unique_ptr<io::Engine> Store::make_engine() {
   for (const std::string& note : {because, engine->queue().notes()})
     if (!note.empty() && std::find(notes_.begin(), notes_.end(), note) == notes_.end()) notes_.push_back(note);
   return engine;
+}
+
+std::unique_ptr<PageSaver> Store::make_saver() {
+  return std::make_unique<PageSaver>(table_, make_engine(), options_.deadline_seconds);
 }
 
 }  // namespace angelptm::pages

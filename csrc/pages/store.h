@@ -8,6 +8,7 @@
 
 #include "io/engine.h"
 #include "pages/page_mover.h"
+#include "pages/page_saver.h"
 #include "pages/page_table.h"
 
 namespace angelptm::pages {
@@ -16,6 +17,11 @@ struct StoreFile {
   std::string path;
   std::uint32_t slot_count;
   double weight;
+};
+
+enum class Naming : std::uint8_t {
+  kUnlinked,  // the files lose their names at once: the space is given back when the process ends, however it ends
+  kKept,      // the files stay, and may exist already: their slots hold commits
 };
 
 struct IoOptions {
@@ -28,8 +34,9 @@ struct IoOptions {
 
 class Store {
  public:
-  // Creates, preallocates and unlinks the slot files: the space is given back when the process ends, however it ends.
-  Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files, IoOptions options);
+  // Opens, or creates, and preallocates the slot files.
+  Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files, Naming naming,
+        IoOptions options);
 
   // An engine over the store's files, with the host pool registered; for one thread.
   std::unique_ptr<io::Engine> make_engine();
@@ -38,6 +45,7 @@ class Store {
   SlotMap& slots() { return slots_; }
   PageTable& table() { return table_; }
   PageMover& mover() { return *mover_; }
+  std::unique_ptr<PageSaver> make_saver();  // must go before the store
   const IoOptions& options() const { return options_; }
   // One sentence for each fact that makes I/O slower than it could be, or says which backend was chosen and why.
   const std::vector<std::string>& notes() const { return notes_; }

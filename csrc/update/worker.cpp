@@ -9,7 +9,6 @@
 namespace angelptm::update {
 
 using pages::Home;
-using pages::PageInfo;
 
 namespace {
 
@@ -85,9 +84,12 @@ void Updater::Worker::submit(Flight& flight, io::Op op) {
         continue;
       }
       slot = info.slot;
+      piece.unchecked = true;
+      piece.read_from = info;
     } else {
       slot = table_.reserve_slot();
       piece.slot = slot;
+      piece.crc = pages::seal(piece.address, piece.used_bytes);
     }
     transfers.push_back({flight_index << 32 | i, op, static_cast<int>(slot.file), table_.ssd().offset(slot),
                          piece.address, pages::transfer_bytes(piece.used_bytes)});
@@ -112,6 +114,7 @@ bool Updater::Worker::compute_one() {
   for (Flight& flight : flights_) {
     if (flight.stage != Flight::Stage::kReady) continue;
     try {
+      check_pages(flight);
       compute(flight);
       submit(flight, io::Op::kWrite);
     } catch (...) {
@@ -120,6 +123,15 @@ bool Updater::Worker::compute_one() {
     return true;
   }
   return false;
+}
+
+// Here and not when the reads arrive: the kernel finds in the cache what was just checked.
+void Updater::Worker::check_pages(Flight& flight) {
+  for (Flight::Piece& piece : flight.pieces) {
+    if (!piece.unchecked) continue;
+    pages::check(table_, piece.page, piece.read_from, piece.address);
+    piece.unchecked = false;
+  }
 }
 
 void Updater::Worker::compute(Flight& flight) {
@@ -178,7 +190,7 @@ void Updater::Worker::publish(Flight& flight) {
     } else if (i >= flight.first_grad && i < flight.first_param) {
       table_.discard(piece.page);
     } else if (piece.written_back) {
-      table_.publish_slot(piece.page, *piece.slot);
+      table_.publish_slot(piece.page, *piece.slot, piece.crc);
       piece.slot.reset();
     } else {
       table_.publish_in_place(piece.page);

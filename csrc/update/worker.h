@@ -10,6 +10,7 @@
 namespace angelptm::update {
 
 using pages::Frame;
+using pages::PageInfo;
 using pages::PageTable;
 using pages::Slot;
 
@@ -32,6 +33,9 @@ struct Updater::Flight {
     bool staged;  // lives on the SSD: read before, written after
     bool written_back;
     std::optional<Slot> slot;  // reserved for the new content, until it is published or given back
+    std::uint32_t crc = 0;     // of the new content
+    bool unchecked = false;    // was read from the SSD as `read_from` says, and not yet compared with its CRC32C
+    PageInfo read_from{};
   };
   std::vector<Frame> frames;
   Task task;
@@ -79,6 +83,7 @@ class Updater::Worker {
  private:
   void add_pieces(Flight& flight, const std::vector<PageId>& ids, bool written_back);
   void submit(Flight& flight, io::Op op);
+  void check_pages(Flight& flight);
   void compute(Flight& flight);
   void publish(Flight& flight);
   void finish(Flight& flight);

@@ -1,0 +1,334 @@
+"""Commits: durable states of the run, made on a thread of their own while training goes on.
+
+A commit is a cut between two steps: every unit as its last update left it. Units whose update is done are captured at
+once, the others as their update ends, and each one before its next update begins. To capture a page on the SSD is to
+take a reference on its slot: no byte is copied, as an update writes to another slot. What lives in memory alone is
+written to slots first, and its next update waits for that.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import angelptm_native as native
+import numpy as np
+import torch
+
+from angelptm.checkpoint.folder import CheckpointFolder
+from angelptm.checkpoint.format import BUFFER_UNIT, KINDS, NO_FILE, PAGE_RECORD, Manifest
+from angelptm.checkpoint.header import BufferRecord, Header
+from angelptm.checkpoint.slot_files import remove_slot_files
+from angelptm.device import Device
+from angelptm.engine.updates import Updates
+from angelptm.errors import CheckpointError
+from angelptm.pages import Catalogue
+from angelptm.plan import Plan
+
+_DTYPES = {2: 1, 4: 0}  # itemsize → the records' code of bf16 and fp32
+_BYTES = 2
+Slot = tuple[int, int]  # file, index in it
+
+
+@dataclass
+class _Cut:
+    """A commit in the making. ``records`` fill as units are captured; ``slots`` are the references it holds."""
+
+    header: Header
+    buffers: bytes
+    records: np.ndarray
+    tickets: Mapping[int, native.Ticket]
+    before_publish: Callable[[], None] | None
+    captured: set[int] = field(default_factory=set)
+    unsaved: dict[int, list[int]] = field(default_factory=dict)  # unit → positions among its pages
+    slots: list[Slot] = field(default_factory=list)
+    error: BaseException | None = None
+    done: bool = False
+    path: Path | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class _Kept:
+    """A commit on disk: the set of slot files it names, and its slots in them where they are this run's."""
+
+    store_id: str
+    slots: list[Slot]
+
+
+@dataclass(frozen=True)
+class Durable:
+    """What a run needs to commit: the folder of the manifests, locked; the id and the names of its slot files; the
+    folders these are in; and what the commits that exist hold."""
+
+    folder: CheckpointFolder
+    store_id: str
+    files: tuple[str, ...]
+    folders: tuple[Path, ...]
+    kept: Mapping[int, tuple[str, list[Slot]]]
+
+
+class Commits:
+    """Makes one commit at a time. The engine's thread calls everything here; the work is done on another one."""
+
+    def __init__(
+        self,
+        durable: Durable,
+        store: native.Store,
+        plan: Plan,
+        catalogue: Catalogue,
+        updates: Updates,
+        device: Device,
+        *,
+        keep: int,
+        deadline_seconds: float,
+    ) -> None:
+        self.durable = durable
+        self._store = store
+        self._plan = plan
+        self._updates = updates
+        self._device = device
+        self._keep = keep
+        self._deadline_seconds = deadline_seconds
+        self._saver = store.make_saver()
+        self._changed = threading.Condition()
+        self._cut: _Cut | None = None
+        self._thread: threading.Thread | None = None
+        self._kept = {step: _Kept(*one) for step, one in durable.kept.items()}
+        self._lineage: set[int] = set()
+        """Steps of the commits that this run made or comes from; the others are of a history it left."""
+        self._fixed: dict[int, tuple[int, int, int]] = {}  # frame → slot and CRC32C of a frozen page on the device
+        self.seconds = 0.0
+        """Wall-clock seconds of the last commit, from the call to its manifest's being durable."""
+        self._pages: list[list[int | None]] = []
+        self._frames: list[list[int]] = []
+        self._first: list[int] = []
+        rows = []
+        for unit in range(len(plan.units)):
+            pages = catalogue.committed(unit)
+            self._first.append(len(rows))
+            self._pages.append([one.page for one in pages])
+            self._frames.append([one.frame for one in pages])
+            for one in pages:
+                dtype = 0 if one.kind != "PARAM" else _DTYPES[plan.param_itemsize]
+                rows.append((unit, KINDS[one.kind], dtype, 0, one.start, one.count, NO_FILE, 0, 0, 0, 0))
+        self._template = np.array(rows, dtype=PAGE_RECORD)
+        self._state_slots = sum(
+            store.page_home(page) == native.Home.SSD for pages in self._pages for page in pages if page is not None
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.durable.folder.path
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of host pages, buffers and the like that commits have written."""
+        return self._saver.written_bytes
+
+    def newest(self) -> int | None:
+        """The step of the newest commit of this run's own history."""
+        return max(self._lineage & self._kept.keys(), default=None)
+
+    def come_from(self, step: int) -> None:
+        """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves."""
+        self._lineage = {one for one in self._kept if one <= step}
+
+    def begin(self, header: Header, buffers: bytes, before_publish: Callable[[], None] | None = None) -> None:
+        """Starts a commit of the state after the last step; waits for the one before it, and raises its error.
+
+        ``header`` lacks nothing but what the pages say; ``buffers`` is the content of its buffer space.
+        ``before_publish`` runs on the commit's thread before the manifest appears: for records that must not be older.
+        """
+        self.wait()
+        if self._kept and not self._lineage:
+            raise CheckpointError(
+                str(self.folder),
+                f"a commit of step {max(self._kept)}, which this run does not come from",
+                "a folder of this run's own commits",
+                "Load that commit first, or choose another checkpoint.folder.",
+            )
+        cut = _Cut(header, buffers, self._template.copy(), self._updates.pending(), before_publish)
+        with self._changed:
+            self._cut = cut
+            for unit in range(len(self._pages)):
+                if unit not in cut.tickets:
+                    self._capture(cut, unit)
+        self._thread = threading.Thread(target=self._make, args=(cut,), name="angelptm-commit", daemon=True)
+        self._thread.start()
+
+    def before_change(self, unit: int) -> None:
+        """To be called when the unit's last update is waited for and its pages are about to be written to: sees to it
+        that the commit in the making has them. Raises the commit's error."""
+        cut = self._cut
+        if cut is None or cut.done:
+            return
+        with self._changed:
+            self._capture(cut, unit)
+            if not self._changed.wait_for(
+                lambda: unit not in cut.unsaved or cut.error is not None, self._deadline_seconds
+            ):
+                raise native.DeadlineError(
+                    f"waited {self._deadline_seconds} s for the commit of step {cut.header.step} to write unit "
+                    f"{self._plan.units[unit].layout.name}"
+                )
+        if cut.error is not None:
+            self.wait()
+
+    def make_room(self) -> None:
+        """To be called before updates: while the slots of the last commit are not yet free, there is no room for them."""
+        cut = self._cut
+        if cut is not None and (cut.done or self._store.slot_free_count < self._state_slots + self._slots_in_flight):
+            self.wait()
+
+    @property
+    def _slots_in_flight(self) -> int:
+        return self._plan.ssd_slots - self._plan.commit_slots - sum(
+            tiers["ssd"] for tiers in self._plan.kind_bytes.values()
+        ) // self._plan.page_bytes
+
+    def wait(self) -> Path | None:
+        """Returns when no commit is in the making: the path of the last one's manifest. Raises its error, once."""
+        thread, cut = self._thread, self._cut
+        if cut is None:
+            return None
+        if thread is not None:
+            thread.join()  # every wait in it has a deadline
+        self._thread = self._cut = None
+        self.seconds = cut.seconds
+        if cut.error is not None:
+            raise cut.error
+        return cut.path
+
+    def close(self) -> None:
+        """Waits for the commit in the making, raises its error, and unlocks the folder."""
+        try:
+            self.wait()
+        finally:
+            del self._saver
+            self.durable.folder.close()
+
+    # On the commit's thread, but for _capture, which runs on either one with the lock held.
+
+    def _capture(self, cut: _Cut, unit: int) -> None:
+        if unit in cut.captured:
+            return
+        cut.captured.add(unit)
+        positions = [position for position, page in enumerate(self._pages[unit]) if page is not None]
+        unsaved = self._record(cut, unit, positions)
+        if unsaved:
+            cut.unsaved[unit] = unsaved
+
+    def _record(self, cut: _Cut, unit: int, positions: Sequence[int]) -> list[int]:
+        """Enters pages as they are now; returns those that are in no slot."""
+        pages = [page for position in positions if (page := self._pages[unit][position]) is not None]
+        unsaved = []
+        for position, (state, file, slot, crc, version) in zip(positions, self._store.capture(pages)):
+            record = cut.records[self._first[unit] + position]
+            record["version"] = version
+            if state == native.Captured.IN_SLOT:
+                record["file"], record["slot"], record["crc"] = file, slot, crc
+                cut.slots.append((file, slot))
+            elif state == native.Captured.UNSAVED:
+                unsaved.append(position)
+        return unsaved
+
+    def _make(self, cut: _Cut) -> None:
+        start = time.perf_counter()
+        try:
+            for unit in range(len(self._pages)):
+                if (ticket := cut.tickets.get(unit)) is not None:
+                    ticket.wait(self._deadline_seconds)
+                with self._changed:
+                    self._capture(cut, unit)
+                    unsaved = cut.unsaved.get(unit)
+                if unsaved:
+                    self._saver.save([page for one in unsaved if (page := self._pages[unit][one]) is not None])
+                    with self._changed:
+                        left = self._record(cut, unit, unsaved)
+                        assert not left, "what was saved is in a slot"
+                        del cut.unsaved[unit]
+                        self._changed.notify_all()
+                self._record_device_pages(cut, unit)
+            buffer_records = self._save_buffers(cut)
+            if cut.before_publish is not None:
+                cut.before_publish()
+            self._saver.flush()
+            manifest = Manifest(cut.header, np.concatenate([cut.records, buffer_records]))
+            cut.path = self.durable.folder.publish(manifest)
+            self._retire(cut)
+        except BaseException as error:
+            cut.error = error
+            if cut.path is None:
+                self._store.release_slots(cut.slots)
+        finally:
+            cut.seconds = time.perf_counter() - start
+            with self._changed:
+                cut.done = True
+                self._changed.notify_all()
+
+    def _record_device_pages(self, cut: _Cut, unit: int) -> None:
+        """Frozen parameters that live on the device: written once, since they do not change."""
+        for position, page in enumerate(self._pages[unit]):
+            if page is not None:
+                continue
+            frame, record = self._frames[unit][position], cut.records[self._first[unit] + position]
+            if frame not in self._fixed:
+                size = int(record["count"]) * self._plan.param_itemsize
+                self._fixed[frame] = self._saver.save_bytes(self._device.address(frame * self._plan.page_bytes), size)
+            file, slot, crc = self._fixed[frame]
+            self._store.claim_slots([(file, slot)])
+            cut.slots.append((file, slot))
+            record["file"], record["slot"], record["crc"], record["version"] = file, slot, crc, 1
+
+    def forget_device_pages(self) -> None:
+        """To be called when frozen parameters on the device were changed: the next commit writes them again."""
+        self._store.release_slots([(file, slot) for file, slot, _ in self._fixed.values()])
+        self._fixed.clear()
+
+    def _save_buffers(self, cut: _Cut) -> np.ndarray:
+        content = torch.frombuffer(bytearray(cut.buffers), dtype=torch.uint8) if cut.buffers else torch.empty(0)
+        step = self._plan.page_bytes
+        rows = []
+        for start in range(0, len(cut.buffers), step):
+            size = min(step, len(cut.buffers) - start)
+            file, slot, crc = self._saver.save_bytes(content.data_ptr() + start, size)
+            cut.slots.append((file, slot))
+            rows.append((BUFFER_UNIT, KINDS["BUFFER"], _BYTES, 0, start, size, file, slot, crc, 0, 0))
+        return np.array(rows, dtype=PAGE_RECORD)
+
+    def _retire(self, cut: _Cut) -> None:
+        """Enters the new commit and drops what is beyond ``keep``: left histories first, then the oldest. One that
+        another process reads stays until a later commit."""
+        step = cut.header.step
+        former = self._kept.get(step)
+        self._kept[step] = _Kept(self.durable.store_id, cut.slots)
+        self._lineage.add(step)
+        if former is not None:
+            self._let_go(former)
+        old = sorted(self._kept.keys() - {step}, key=lambda one: (one in self._lineage, one))
+        for one in old[: max(0, len(self._kept) - self._keep)]:
+            if self.durable.folder.retire(one):
+                self._let_go(self._kept.pop(one))
+
+    def _let_go(self, kept: _Kept) -> None:
+        if kept.store_id == self.durable.store_id:
+            self._store.release_slots(kept.slots)
+        elif all(other.store_id != kept.store_id for other in self._kept.values()):
+            remove_slot_files(kept.store_id, self.durable.folders, self.durable.folder.disk)
+            self.durable.folder.forget_store_id(kept.store_id)
+
+
+def buffer_space(buffers: Mapping[str, torch.Tensor]) -> tuple[tuple[BufferRecord, ...], bytes]:
+    """The records of a model's buffers, and their content one after the other."""
+    records, content, offset = [], [], 0
+    for name, value in buffers.items():
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        dtype = str(value.dtype).removeprefix("torch.")
+        records.append(BufferRecord(name=name, dtype=dtype, shape=tuple(value.shape), offset=offset))  # type: ignore[arg-type]
+        content.append(raw)
+        offset += len(raw)
+    return tuple(records), b"".join(content)

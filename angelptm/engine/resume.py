@@ -1,0 +1,89 @@
+"""Loading a commit into an engine: which one, from where, and what it says besides values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from angelptm.checkpoint.folder import CheckpointFolder, locate
+from angelptm.checkpoint.format import Manifest
+from angelptm.checkpoint.reader import CommitReader
+from angelptm.engine.commits import Commits
+from angelptm.engine.restore import Restored
+from angelptm.engine.setup import persistent_buffers
+from angelptm.errors import CheckpointError
+
+_log = logging.getLogger("angelptm")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a loaded commit says: ``step`` optimizer steps were done; ``data``, ``scheduler`` and ``client_state`` as
+    they were given to the commit; ``pages`` how the values came back; ``notes`` what differs from then."""
+
+    path: Path
+    step: int
+    data: dict[str, Any] | None
+    scheduler: dict[str, Any] | None
+    client_state: dict[str, Any]
+    config_hash: str
+    pages: Restored | None
+    notes: tuple[str, ...]
+
+
+@contextmanager
+def open_commit(
+    path: Path, step: int | None, own: Commits | None, ssd_folders: Sequence[Path]
+) -> Iterator[tuple[Path, Manifest, CommitReader, bool]]:
+    """The folder, the manifest, a reader of its pages, and whether the pages lie in the slot files of ``own``.
+
+    A folder of another run is only read, and its commit held meanwhile, so that the run it belongs to does not retire
+    it.
+    """
+    folder_path = locate(path)
+    mine = own is not None and folder_path.resolve() == own.folder.resolve()
+    folder = own.durable.folder if mine and own is not None else CheckpointFolder.read(folder_path)
+    try:
+        steps = folder.commits()
+        if not steps:
+            raise CheckpointError(str(folder_path), "no commit", "a folder with at least one")
+        if step is not None and step not in steps:
+            raise CheckpointError(str(folder_path), f"commits of the steps {steps}", f"one of step {step}")
+        chosen = steps[-1] if step is None else step
+        with folder.hold(chosen):
+            manifest = folder.load(chosen)
+            same_files = mine and own is not None and manifest.header.store_id == own.durable.store_id
+            with CommitReader(manifest, [folder_path, *ssd_folders]) as reader:
+                yield folder_path, manifest, reader, same_files
+    finally:
+        if not mine:
+            folder.close()
+
+
+def restore_buffers(module: nn.Module, reader: CommitReader, path: str) -> list[str]:
+    """Copies the commit's buffers into the model's; returns sentences about those that have no counterpart."""
+    mine = persistent_buffers(module)
+    notes = []
+    for name, (dtype, shape, content) in reader.buffers().items():
+        target = mine.pop(name, None)
+        if target is None:
+            notes.append(f"the commit's buffer {name} is not in the model")
+            continue
+        if tuple(target.shape) != tuple(shape) or str(target.dtype) != f"torch.{dtype}":
+            raise CheckpointError(
+                path, f"buffer {name} {dtype}{tuple(shape)}", f"{target.dtype}{tuple(target.shape)}, as the model has it"
+            )
+        raw = torch.frombuffer(bytearray(content), dtype=torch.uint8) if len(content) else torch.empty(0)
+        if len(content):
+            target.copy_(raw.view(target.dtype).reshape(target.shape))
+    notes += [f"the model's buffer {name} is not in the commit, and keeps its value" for name in mine]
+    for note in notes:
+        _log.warning("%s", note)
+    return notes
