@@ -87,6 +87,7 @@ class CorruptPageError(CheckpointError):
             path,
             f"page {page} ({parameter}) at offset {offset} with CRC32C {found_crc:08x}",
             f"{expected_crc:08x}, as it was written",
-            remedy or "The drive returned other bytes than it was given: resume from the last commit that "
+            remedy
+            or "The drive returned other bytes than it was given: resume from the last commit that "
             "`angelptm checkpoint verify` finds intact.",
         )

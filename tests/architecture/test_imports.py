@@ -24,6 +24,7 @@ LAYERS: dict[str, str] = {
     "angelptm.kernels": "angelptm_native",
     "angelptm.heap": "angelptm_native",
     "angelptm.pages": "angelptm.errors angelptm.plan angelptm_native",
+    "angelptm.checkpoint": "angelptm.errors angelptm.sizes angelptm.units.layout angelptm_native io_engine",
     "angelptm.device": "angelptm.errors angelptm.heap angelptm_native",
     "angelptm.data": "angelptm.errors angelptm.sizes angelptm.config",
     "angelptm.model": "angelptm.errors angelptm.sizes angelptm.heap angelptm.config angelptm.units "
