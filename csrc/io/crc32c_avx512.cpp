@@ -54,8 +54,9 @@ template <int kIndex>
 }
 
 // As many stripes as there are, of which there must be one; moves `data` and `bytes` past them.
-[[gnu::target("avx512f,vpclmulqdq,sse4.2")]] std::uint32_t stripes(std::uint32_t state, const unsigned char*& data,
-                                                                   std::size_t& bytes) {
+[[gnu::target("avx512f,vpclmulqdq," ANGELPTM_CRC32C_SSE42)]] std::uint32_t stripes(std::uint32_t state,
+                                                                                   const unsigned char*& data,
+                                                                                   std::size_t& bytes) {
   // The register's former content is added to the first four bytes, as it would be one by one.
   __m512i a = _mm512_xor_si512(load(data), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
   __m512i b = load(data + 64), c = load(data + 128), d = load(data + 192);

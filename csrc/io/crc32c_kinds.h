@@ -14,6 +14,12 @@ Crc32cUpdate crc32c_table;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ANGELPTM_CRC32C_X86 1
 Crc32cUpdate crc32c_sse42, crc32c_avx512;
+// To clang, the crc32 instruction is a feature beside SSE4.2; older versions of GCC do not know that name.
+#ifdef __clang__
+#define ANGELPTM_CRC32C_SSE42 "sse4.2,crc32,pclmul"
+#else
+#define ANGELPTM_CRC32C_SSE42 "sse4.2,pclmul"
+#endif
 #endif
 
 #if defined(__aarch64__) && defined(__GNUC__) && defined(__linux__)

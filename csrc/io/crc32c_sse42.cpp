@@ -27,7 +27,7 @@ std::uint64_t load(const unsigned char* data) {
 // state * x^(8 * bytes), up to a reduction that crc32 does: on a word w it gives w * x^32 mod P, and the product has
 // one x too many (see crc32c_polynomial.h, "product"), so the constant has 33 powers less.
 template <std::size_t kBytes>
-[[gnu::target("sse4.2,pclmul")]] inline std::uint64_t shifted(std::uint64_t state) {
+[[gnu::target(ANGELPTM_CRC32C_SSE42)]] inline std::uint64_t shifted(std::uint64_t state) {
   constexpr std::uint32_t kShift = polynomial::x_to_the(8 * kBytes - 33);
   const __m128i product =
       _mm_clmulepi64_si128(_mm_cvtsi64_si128(static_cast<long long>(state)), _mm_cvtsi64_si128(kShift), 0);
@@ -36,8 +36,9 @@ template <std::size_t kBytes>
 
 // Takes as many times three streams of kBytes as there are; moves `data` and `bytes` past them.
 template <std::size_t kBytes>
-[[gnu::target("sse4.2,pclmul")]] inline std::uint64_t three_streams(std::uint64_t state, const unsigned char*& data,
-                                                                    std::size_t& bytes) {
+[[gnu::target(ANGELPTM_CRC32C_SSE42)]] inline std::uint64_t three_streams(std::uint64_t state,
+                                                                          const unsigned char*& data,
+                                                                          std::size_t& bytes) {
   static_assert(kBytes % kLineBytes == 0);
   for (; bytes >= 3 * kBytes; data += 3 * kBytes, bytes -= 3 * kBytes) {
     std::uint64_t second = 0, third = 0;
@@ -61,8 +62,8 @@ template <std::size_t kBytes>
 
 }  // namespace
 
-[[gnu::target("sse4.2,pclmul")]] std::uint32_t crc32c_sse42(std::uint32_t state, const unsigned char* data,
-                                                            std::size_t bytes) {
+[[gnu::target(ANGELPTM_CRC32C_SSE42)]] std::uint32_t crc32c_sse42(std::uint32_t state, const unsigned char* data,
+                                                                  std::size_t bytes) {
   std::uint64_t wide = three_streams<kLongBytes>(state, data, bytes);
   wide = three_streams<kShortBytes>(wide, data, bytes);
   for (; bytes >= 8; data += 8, bytes -= 8) wide = _mm_crc32_u64(wide, load(data));

@@ -105,7 +105,7 @@ def machine() -> dict[str, str | int]:
     return {
         "cpu": names[0] if names else platform.processor(),
         "cpus": len(names) or 1,
-        "in use": native.crc32c_implementation(),
+        "implementation": native.crc32c_implementation(),
         "commit": commit.stdout.strip() or "unknown",
     }
 
