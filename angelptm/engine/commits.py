@@ -18,9 +18,11 @@ import angelptm_native as native
 import numpy as np
 import torch
 
+from angelptm.checkpoint.disk import Disk
 from angelptm.checkpoint.folder import CheckpointFolder
-from angelptm.checkpoint.format import BUFFER_UNIT, KINDS, NO_FILE, PAGE_RECORD, Manifest
+from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.header import BufferRecord, Header
+from angelptm.checkpoint.records import NONE, PAGE_RECORD, Dtype, Kind
 from angelptm.checkpoint.slot_files import remove_slot_files
 from angelptm.device import Device
 from angelptm.engine.updates import Updates
@@ -28,8 +30,6 @@ from angelptm.errors import CheckpointError
 from angelptm.pages import Catalogue
 from angelptm.plan import Plan
 
-_DTYPES = {2: 1, 4: 0}  # itemsize → the records' code of bf16 and fp32
-_BYTES = 2
 Slot = tuple[int, int]  # file, index in it
 
 
@@ -65,6 +65,7 @@ class Durable:
     folders these are in; and what the commits that exist hold."""
 
     folder: CheckpointFolder
+    disk: Disk
     store_id: str
     files: tuple[str, ...]
     folders: tuple[Path, ...]
@@ -106,15 +107,15 @@ class Commits:
         self._pages: list[list[int | None]] = []
         self._frames: list[list[int]] = []
         self._first: list[int] = []
-        rows = []
+        rows: list[tuple[int, ...]] = []
         for unit in range(len(plan.units)):
             pages = catalogue.committed(unit)
             self._first.append(len(rows))
             self._pages.append([one.page for one in pages])
             self._frames.append([one.frame for one in pages])
             for one in pages:
-                dtype = 0 if one.kind != "PARAM" else _DTYPES[plan.param_itemsize]
-                rows.append((unit, KINDS[one.kind], dtype, 0, one.start, one.count, NO_FILE, 0, 0, 0, 0))
+                dtype = Dtype.BF16 if one.kind == "PARAM" and plan.param_itemsize == 2 else Dtype.FP32
+                rows.append((unit, Kind[one.kind], dtype, 0, one.start, one.count, NONE, 0, 0, 0, 0))
         self._template = np.array(rows, dtype=PAGE_RECORD)
         self._state_slots = sum(
             store.page_home(page) == native.Home.SSD for pages in self._pages for page in pages if page is not None
@@ -179,16 +180,18 @@ class Commits:
             self.wait()
 
     def make_room(self) -> None:
-        """To be called before updates: while the slots of the last commit are not yet free, there is no room for them."""
+        """To be called before updates: there is no room for them while the slots of the last commit are not yet free."""
         cut = self._cut
         if cut is not None and (cut.done or self._store.slot_free_count < self._state_slots + self._slots_in_flight):
             self.wait()
 
     @property
     def _slots_in_flight(self) -> int:
-        return self._plan.ssd_slots - self._plan.commit_slots - sum(
-            tiers["ssd"] for tiers in self._plan.kind_bytes.values()
-        ) // self._plan.page_bytes
+        return (
+            self._plan.ssd_slots
+            - self._plan.commit_slots
+            - sum(tiers["ssd"] for tiers in self._plan.kind_bytes.values()) // self._plan.page_bytes
+        )
 
     def wait(self) -> Path | None:
         """Returns when no commit is in the making: the path of the last one's manifest. Raises its error, once."""
@@ -297,7 +300,7 @@ class Commits:
             size = min(step, len(cut.buffers) - start)
             file, slot, crc = self._saver.save_bytes(content.data_ptr() + start, size)
             cut.slots.append((file, slot))
-            rows.append((BUFFER_UNIT, KINDS["BUFFER"], _BYTES, 0, start, size, file, slot, crc, 0, 0))
+            rows.append((NONE, Kind.BUFFER, Dtype.BYTES, 0, start, size, file, slot, crc, 0, 0))
         return np.array(rows, dtype=PAGE_RECORD)
 
     def _retire(self, cut: _Cut) -> None:
@@ -318,7 +321,7 @@ class Commits:
         if kept.store_id == self.durable.store_id:
             self._store.release_slots(kept.slots)
         elif all(other.store_id != kept.store_id for other in self._kept.values()):
-            remove_slot_files(kept.store_id, self.durable.folders, self.durable.folder.disk)
+            remove_slot_files(kept.store_id, self.durable.folders, self.durable.disk)
             self.durable.folder.forget_store_id(kept.store_id)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from angelptm.checkpoint.disk import Disk
 from angelptm.checkpoint.folder import CheckpointFolder
-from angelptm.checkpoint.format import NO_FILE, Manifest
+from angelptm.checkpoint.format import Manifest
+from angelptm.checkpoint.records import NONE
 from angelptm.checkpoint.slot_files import remove_slot_files, slot_file_name, slot_files_in
 from angelptm.engine.commits import Durable, Slot
 from angelptm.errors import CheckpointError
@@ -29,7 +30,7 @@ def open_durable(path: Path, ssd_folders: Sequence[Path], plan: Plan, disk: Disk
         folders = tuple(dict.fromkeys([path, *ssd_folders]))
         manifests = {step: folder.load(step) for step in folder.commits()}
         live = {manifest.header.store_id for manifest in manifests.values()}
-        for store_id in set(folder.store_ids) - live:
+        for store_id in set(folder.store_ids()) - live:
             remove_slot_files(store_id, folders, disk)
             folder.forget_store_id(store_id)
         reused = _reusable(manifests, plan)
@@ -47,12 +48,12 @@ def open_durable(path: Path, ssd_folders: Sequence[Path], plan: Plan, disk: Disk
     except BaseException:
         folder.close()
         raise
-    return Durable(folder, store_id, names, folders, kept), SlotFiles(names, counts, claimed)
+    return Durable(folder, disk, store_id, names, folders, kept), SlotFiles(names, counts, claimed)
 
 
 def slots_of(manifest: Manifest) -> list[Slot]:
     """The slots that a commit holds."""
-    pages = manifest.pages[manifest.pages["file"] != NO_FILE]
+    pages = manifest.pages[manifest.pages["file"] != NONE]
     return list(zip(pages["file"].tolist(), pages["slot"].tolist()))
 
 
@@ -65,10 +66,10 @@ def _reusable(manifests: dict[int, Manifest], plan: Plan) -> tuple[str, tuple[in
     if header.page_bytes != plan.page_bytes or len(header.files) != len(wanted):
         return None
     counts = []
-    for index, (folder, file) in enumerate(zip(wanted, header.files)):
+    for index, (folder, record) in enumerate(zip(wanted, header.files)):
         name = slot_file_name(header.store_id, index)
         path = folder / name
-        if file.name != name or path not in slot_files_in(folder, header.store_id):
+        if record.name != name or path not in slot_files_in(folder, header.store_id):
             return None
         counts.append(path.stat().st_size // plan.page_bytes)
     for manifest in manifests.values():

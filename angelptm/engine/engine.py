@@ -75,8 +75,8 @@ class Engine:
         faults: native.FaultPlan | None = None,
         disk: Disk | None = None,
     ) -> None:
-        """``resume``: the checkpoint folder, or the run folder, whose commit fills the pages; ``resume_step`` which one,
-        the newest if None. ``faults`` and ``disk`` are for tests: what goes wrong below, and who watches."""
+        """``resume``: the checkpoint folder, or the run folder, whose commit fills the pages; ``resume_step``: which
+        one, the newest if None. ``faults`` and ``disk`` are for tests: what goes wrong below, and who watches."""
         self.module = model
         self.config = config
         structure, layouts = lay_out(model, config)
@@ -164,8 +164,10 @@ class Engine:
                 keep=config.checkpoint.keep,
                 deadline_seconds=config.io.deadline_seconds,
             )
-        self._gradients = Gradients(self.plan, pages, self._store, self._device, grad_dtype)
-        self._values = Values(self.plan, pages, self._store, self._device, self._dtype, self._updates)
+        self._gradients = Gradients(self.plan, pages, self._store, self._device, grad_dtype, self._catalogue.name)
+        self._values = Values(
+            self.plan, pages, self._store, self._device, self._dtype, self._updates, self._catalogue.name
+        )
         self._leaves = [
             UnitLeaves(
                 layout,
@@ -178,7 +180,9 @@ class Engine:
             )
             for layout in layouts
         ]
-        self._residency = Residency(self.plan, pages, self._store, self._device, self._leaves, self._updates)
+        self._residency = Residency(
+            self.plan, pages, self._store, self._device, self._leaves, self._updates, self._catalogue.name
+        )
         if config.gradient_checkpointing:
             checkpoint_blocks(model, structure)
         self._hooks = Hooks(model, structure.sites, self._residency, self._dtype)
@@ -367,8 +371,8 @@ class Engine:
             )
         if save_dir is not None and Path(save_dir).resolve() != self._commits.folder.resolve():
             raise AngelPTMError(
-                f"save_checkpoint: {save_dir} is not checkpoint.folder ({self._commits.folder}). A commit stays where the "
-                "pages are; `angelptm checkpoint copy` copies one to another folder or drive."
+                f"save_checkpoint: {save_dir} is not checkpoint.folder ({self._commits.folder}). A commit stays "
+                "where the pages are; `angelptm checkpoint copy` copies one to another folder or drive."
             )
         if any(self._gradients.params_with_gradient(unit) for unit in range(len(self._leaves))):
             raise AngelPTMError(
@@ -415,9 +419,11 @@ class Engine:
         ``engine.resumed`` says the rest. Raises CheckpointError, with nothing changed, for a commit of another model,
         and CorruptPageError for a damaged one.
         """
-        if load_dir is None and self._commits is None:
-            raise AngelPTMError("load_checkpoint: name a folder, as the config has no checkpoint.folder")
-        path = Path(load_dir) if load_dir is not None or self._commits is None else self._commits.folder
+        if load_dir is None:
+            if self._commits is None:
+                raise AngelPTMError("load_checkpoint: name a folder, as the config has no checkpoint.folder")
+            load_dir = self._commits.folder
+        path = Path(load_dir)
         self.drain()
         if self._commits is not None:
             self._commits.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import angelptm_native as native
@@ -42,9 +42,16 @@ class Gradients:
     """
 
     def __init__(
-        self, plan: Plan, pages: PageIds, store: native.Store, device: Device, grad_dtype: torch.dtype
+        self,
+        plan: Plan,
+        pages: PageIds,
+        store: native.Store,
+        device: Device,
+        grad_dtype: torch.dtype,
+        name_page: Callable[[int], str],
     ) -> None:
         self._plan = plan
+        self._name_page = name_page
         self._store = store
         self._mover = store.mover
         self._device = device
@@ -123,7 +130,7 @@ class Gradients:
 
     def _reload(self, page_id: int) -> int:
         self._mover.release(self._frame())  # makes sure that the load below finds one
-        with loading(self._mover, [page_id]):
+        with loading(self._mover, [page_id], self._name_page):
             self._mover.next_loaded()
         return self._mover.take_loaded()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import angelptm_native as native
@@ -50,8 +50,10 @@ class Residency:
         device: Device,
         leaves: Sequence[UnitLeaves],
         updates: Updates,
+        name_page: Callable[[int], str],
     ) -> None:
         self._plan = plan
+        self._name_page = name_page
         self._pages = pages
         self._mover = store.mover
         self._device = device
@@ -185,7 +187,7 @@ class Residency:
 
     def _load(self, unit: int, offset: int) -> None:
         start = offset * self._plan.page_bytes
-        with loading(self._mover, self._pages[unit].params):
+        with loading(self._mover, self._pages[unit].params, self._name_page):
             while (page := self._mover.next_loaded()) is not None:
                 index, address, size = page
                 self._device.copy_in(start + index * self._plan.page_bytes, address, size)

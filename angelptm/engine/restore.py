@@ -14,9 +14,10 @@ import angelptm_native as native
 import numpy as np
 import torch
 
-from angelptm.checkpoint.format import KIND_NAMES, NO_FILE, Manifest
+from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.header import layouts_from_units
 from angelptm.checkpoint.reader import CommitReader
+from angelptm.checkpoint.records import NONE, Kind
 from angelptm.device import Device
 from angelptm.engine.values import Values
 from angelptm.errors import CheckpointError
@@ -110,7 +111,7 @@ class Restorer:
                 continue  # a buffer
             segments = segments_of(layouts[unit], int(record["start"]), int(record["count"]))
             key = tuple((one.param.name, one.start, one.count, one.at) for one in segments)
-            found[(KIND_NAMES[int(record["kind"])], (*key, ("", int(record["count"]), 0, 0)))] = index
+            found[(Kind(int(record["kind"])).name, (*key, ("", int(record["count"]), 0, 0)))] = index
         return found
 
     def pages(self) -> Restored:
@@ -146,7 +147,7 @@ class Restorer:
             self.restored.read += 1
             return
         record = self._manifest.pages[index]
-        if int(record["file"]) == NO_FILE:
+        if int(record["file"]) == NONE:
             self._values.clear_page(page.page)
             self.restored.cleared += 1
             return
@@ -177,6 +178,6 @@ class Restorer:
     def _read(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
         if self._weights_only:
             kind = "MASTER" if self._params[name].trainable else "PARAM"
-        found: np.ndarray = self._reader.read(name, kind, start, count)
+        found: np.ndarray = self._reader.read(name, Kind[kind], start, count)
         values = torch.from_numpy(found)
         return values.view(torch.bfloat16) if found.dtype == np.uint16 else values

@@ -78,7 +78,9 @@ def restore_buffers(module: nn.Module, reader: CommitReader, path: str) -> list[
             continue
         if tuple(target.shape) != tuple(shape) or str(target.dtype) != f"torch.{dtype}":
             raise CheckpointError(
-                path, f"buffer {name} {dtype}{tuple(shape)}", f"{target.dtype}{tuple(target.shape)}, as the model has it"
+                path,
+                f"buffer {name} {dtype}{tuple(shape)}",
+                f"{target.dtype}{tuple(target.shape)}, as the model has it",
             )
         raw = torch.frombuffer(bytearray(content), dtype=torch.uint8) if len(content) else torch.empty(0)
         if len(content):

@@ -102,10 +102,8 @@ def make_header(
 def _version() -> str:
     try:
         return metadata.version("angelptm")
-    except metadata.PackageNotFoundError:
-        from angelptm import __version__
-
-        return __version__
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"
 
 
 def _plain(value: Any) -> Any:
@@ -135,11 +133,11 @@ def generator_states() -> RngRecord:
     version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return RngRecord(
-        python=(version, internal, gauss),  # type: ignore[arg-type]
+        python=(version, internal, gauss),
         numpy=NumpyRecord(
             keys=tuple(int(key) for key in keys),
             pos=int(position),
-            has_gauss=int(has_gauss),  # type: ignore[arg-type]
+            has_gauss=int(has_gauss),
             cached_gaussian=float(cached),
         ),
         torch=base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import angelptm_native as native
 import torch
@@ -33,9 +34,17 @@ class Values:
     """
 
     def __init__(
-        self, plan: Plan, pages: PageIds, store: native.Store, device: Device, dtype: torch.dtype, updates: Updates
+        self,
+        plan: Plan,
+        pages: PageIds,
+        store: native.Store,
+        device: Device,
+        dtype: torch.dtype,
+        updates: Updates,
+        name_page: Callable[[int], str],
     ) -> None:
         self._plan = plan
+        self._name_page = name_page
         self._pages = pages
         self._store = store
         self._mover = store.mover
@@ -51,13 +60,13 @@ class Values:
         layout = self._plan.units[unit].layout
         for runs, dtype in ((self._master_runs(unit), torch.float32), (self._param_runs(unit), self._dtype)):
             for run in runs:
-                self._replace(run, lambda to, run=run, dtype=dtype: _gather(to, layout, values, run, dtype))
+                self._replace(run, partial(_gather, layout=layout, values=values, run=run, dtype=dtype))
         self._mover.drain()
 
     def rebuild(self, unit: int) -> None:
         """Forms the trainable parameters from their masters, as an update would: rounded to compute precision."""
         step = self._plan.page_bytes // 4
-        for index, (run, span) in enumerate(zip(self._param_runs(unit), self._pages[unit].spans)):
+        for run, span in zip(self._param_runs(unit), self._pages[unit].spans):
             content = torch.empty(span.elements, dtype=self._dtype)
             for number, page in enumerate(span.master):
                 part = torch.empty(min(step, span.elements - number * step))
@@ -68,14 +77,12 @@ class Values:
                     self._mover.next_loaded()  # lets the staging frame go
                 content[number * step : number * step + part.numel()] = part
             size = content.numel() * content.itemsize
-            self._replace(run, lambda to, content=content, size=size: native.copy_bytes(to, content.data_ptr(), size))
+            self._replace(run, partial(native.copy_bytes, from_=content.data_ptr(), bytes=size))
         self._mover.drain()
 
     def replace_page(self, page: int, content: torch.Tensor) -> None:
         """Writes a page's whole content; ``content``: (used bytes,) uint8. Visible after ``settle``."""
-        self._replace(
-            _Run(page, None, 0, 0), lambda to: native.copy_bytes(to, content.data_ptr(), content.numel())
-        )
+        self._replace(_Run(page, None, 0, 0), lambda to: native.copy_bytes(to, content.data_ptr(), content.numel()))
 
     def clear_page(self, page: int) -> None:
         """Makes a page read as zeros, as if it had never been written."""
@@ -140,7 +147,7 @@ class Values:
         self._mover.drain()
 
     def _load(self, page: int) -> int:
-        with loading(self._mover, [page]):
+        with loading(self._mover, [page], self._name_page):
             loaded = self._mover.next_loaded()
         assert loaded is not None, "one page was asked for"
         return loaded[1]

@@ -3,4 +3,14 @@
 from angelptm.pages.allocate import PageIds, SlotFiles, SpanPages, UnitPages, allocate_pages, open_store
 from angelptm.pages.catalogue import Catalogue, CataloguedPage, naming
 
-__all__ = ["Catalogue", "CataloguedPage", "PageIds", "SlotFiles", "SpanPages", "UnitPages", "allocate_pages", "naming", "open_store"]
+__all__ = [
+    "Catalogue",
+    "CataloguedPage",
+    "PageIds",
+    "SlotFiles",
+    "SpanPages",
+    "UnitPages",
+    "allocate_pages",
+    "naming",
+    "open_store",
+]

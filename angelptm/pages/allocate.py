@@ -57,7 +57,7 @@ class SlotFiles:
 def open_store(
     plan: Plan,
     *,
-    slot_files: SlotFiles | None,
+    slot_files: SlotFiles | None = None,
     backend: str,
     queue_depth: int,
     direct: bool,

@@ -95,10 +95,8 @@ void bind_store(py::module_& module) {
            [](Store& store, const std::vector<SlotTuple>& slots) {
              for (const pages::Slot slot : to_slots(slots)) store.slots().release(slot);
            })
-      .def("slot_reference_count",
-           [](Store& store, std::uint32_t file, std::uint32_t index) {
-             return store.slots().reference_count({file, index});
-           })
+      .def("slot_reference_count", [](Store& store, std::uint32_t file,
+                                      std::uint32_t index) { return store.slots().reference_count({file, index}); })
       .def(
           "capture",
           [](Store& store, const std::vector<PageId>& ids) {
@@ -121,8 +119,8 @@ void bind_store(py::module_& module) {
       .def_property_readonly("host_used_count", [](Store& store) { return store.host().used_count(); })
       .def_property_readonly("host_peak_count", [](Store& store) { return store.host().peak_count(); })
       .def_property_readonly("slot_count", [](Store& store) { return store.slots().slot_count(); })
-      .def_property_readonly(
-          "slot_free_count", [](Store& store) { return store.slots().slot_count() - store.slots().used_count(); })
+      .def_property_readonly("slot_free_count",
+                             [](Store& store) { return store.slots().slot_count() - store.slots().used_count(); })
       .def_property_readonly("slot_used_count", [](Store& store) { return store.slots().used_count(); })
       .def_property_readonly("slot_peak_count", [](Store& store) { return store.slots().peak_count(); })
       .def_property_readonly("notes", [](Store& store) { return store.notes(); })

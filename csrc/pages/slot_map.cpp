@@ -67,8 +67,7 @@ void SlotMap::claim(const std::vector<Slot>& slots) {
       throw std::invalid_argument("no slot " + std::to_string(slot.index) + " in file " + std::to_string(slot.file));
   for (const Slot slot : slots)
     if (free_[slot.file].references[slot.index]++ == 0) ++used_count_;
-  for (Free& free : free_)
-    std::erase_if(free.indices, [&](std::uint32_t index) { return free.references[index] > 0; });
+  for (Free& free : free_) std::erase_if(free.indices, [&](std::uint32_t index) { return free.references[index] > 0; });
   peak_count_ = std::max(peak_count_, used_count_);
 }
 

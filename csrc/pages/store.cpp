@@ -20,7 +20,8 @@ std::vector<SlotFile> open_files(std::uint64_t page_bytes, const std::vector<Sto
   std::vector<SlotFile> opened;
   for (const StoreFile& file : files) {
     auto handle = io::File::open(
-        file.path, {.create = true, .direct = direct, .unlink = unlink, .allocate_bytes = page_bytes * file.slot_count});
+        file.path,
+        {.create = true, .direct = direct, .unlink = unlink, .allocate_bytes = page_bytes * file.slot_count});
     if (!handle->direct()) notes.push_back(file.path + ": buffered I/O, because " + handle->buffered_reason());
     opened.push_back({std::move(handle), file.slot_count, file.weight});
   }
@@ -29,8 +30,8 @@ std::vector<SlotFile> open_files(std::uint64_t page_bytes, const std::vector<Sto
 
 }  // namespace
 
-Store::Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files,
-             Naming naming, IoOptions options)
+Store::Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files, Naming naming,
+             IoOptions options)
     : options_(std::move(options)),
       host_(checked_page_bytes(page_bytes), host_frames),
       slots_(page_bytes, open_files(page_bytes, files, options_.direct, naming == Naming::kUnlinked, notes_)),

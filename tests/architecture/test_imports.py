@@ -23,14 +23,14 @@ LAYERS: dict[str, str] = {
     "angelptm.plan": "angelptm.sizes angelptm.errors angelptm.units.layout",
     "angelptm.kernels": "angelptm_native",
     "angelptm.heap": "angelptm_native",
-    "angelptm.pages": "angelptm.errors angelptm.plan angelptm_native",
+    "angelptm.pages": "angelptm.errors angelptm.plan angelptm.units.layout angelptm_native",
     "angelptm.checkpoint": "angelptm.errors angelptm.sizes angelptm.units.layout angelptm_native io_engine",
     "angelptm.device": "angelptm.errors angelptm.heap angelptm_native",
     "angelptm.data": "angelptm.errors angelptm.sizes angelptm.config",
     "angelptm.model": "angelptm.errors angelptm.sizes angelptm.heap angelptm.config angelptm.units "
     "angelptm.model.presets",
-    "angelptm.engine": "angelptm.errors angelptm.sizes angelptm.config angelptm.units angelptm.plan angelptm.kernels "
-    "angelptm.pages angelptm.device angelptm.model angelptm_native",
+    "angelptm.engine": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units "
+    "angelptm.plan angelptm.kernels angelptm.pages angelptm.device angelptm.model angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.config angelptm.units angelptm.plan angelptm.data "
     "angelptm.model angelptm.engine",
     "angelptm": "angelptm.errors angelptm.config angelptm.engine angelptm.model.materialize",  # the public names
