@@ -114,6 +114,10 @@ class Manifest:
             pieces.append(Piece(record, first - start, last - first, (first - low) * itemsize))
         return pieces
 
+    def size(self, name: str, kind: Kind) -> int:
+        """Elements of a parameter; bytes of a buffer, with BUFFER. Raises KeyError for an unknown name."""
+        return self._extents[kind is Kind.BUFFER][name][1]
+
     def describe(self, record: int) -> str:
         """What a page holds, for errors: "EXP_AVG of h.0.mlp.c_fc.weight[0:1048576]", "... and 3 more"."""
         page = self.pages[record]

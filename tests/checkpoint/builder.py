@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 
 from angelptm.checkpoint.checksum import crc32c
 from angelptm.checkpoint.format import Manifest
-from angelptm.checkpoint.header import Header, units_from_layouts
+from angelptm.checkpoint.header import BufferRecord, Header, units_from_layouts
 from angelptm.checkpoint.records import NONE, PAGE_RECORD, Kind, extent_bytes, kind_dtype, moment_kinds
 from angelptm.units.layout import UnitLayout, pack
 
@@ -116,8 +118,6 @@ def make_commit(
             rows += [(layout.index, Kind.PARAM, *r) for r in _page_ranges(start, elements, page_bytes // item)]
     places, buffer_bytes = [], 0
     for name, (dtype, shape) in (buffers or {}).items():
-        from angelptm.checkpoint.header import BufferRecord
-
         place = BufferRecord(name=name, dtype=dtype, shape=shape, offset=-(-buffer_bytes // 64) * 64)  # type: ignore[arg-type]
         buffer_bytes = place.offset + place.bytes
         places.append(place)
@@ -171,3 +171,33 @@ def make_commit(
         "client": {"note": "é ✓", "nested": [[1, [2.5, None]], {}]},
     }
     return Commit(Manifest(Header.model_validate(fields | header), pages), contents)
+
+
+def header_json(manifest: Manifest) -> dict[str, Any]:
+    """The header as a dict that may be edited, for ``assemble``."""
+    value: dict[str, Any] = json.loads(json.dumps(manifest.header.model_dump()))
+    return value
+
+
+def assemble(
+    header: dict[str, Any] | bytes,
+    pages: np.ndarray | bytes,
+    *,
+    version: int = 1,
+    record_bytes: int = 48,
+    json_bytes: int | None = None,
+    page_count: int | None = None,
+    padding: bytes | None = None,
+) -> bytes:
+    """A manifest file with a right CRC around whatever it is given; written from docs/checkpoint-format.md alone."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    records = pages if isinstance(pages, bytes) else pages.tobytes()
+    content = b"APTMCKPT" + struct.pack(
+        "<IIQQ",
+        version,
+        record_bytes,
+        len(text) if json_bytes is None else json_bytes,
+        len(records) // 48 if page_count is None else page_count,
+    )
+    content += text + (bytes((8 - len(text) % 8) % 8) if padding is None else padding) + records
+    return content + struct.pack("<I", crc32c(content))
