@@ -36,7 +36,7 @@ def slot_file_bytes(checkpoint_folder: Path, folders: Sequence[Path]) -> list[in
     if not checkpoint_folder.is_dir():
         return [0] * len(folders)
     with CheckpointFolder.read(checkpoint_folder) as found:
-        ids = found.store_ids
+        ids = found.store_ids()
     return [
         sum(path.stat().st_blocks * 512 for store_id in ids for path in slot_files_in(folder, store_id))
         for folder in folders
