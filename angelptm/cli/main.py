@@ -12,7 +12,7 @@ import typer
 
 from angelptm.cli.plan import plan
 from angelptm.cli.report import report
-from angelptm.cli.train import train
+from angelptm.cli.train import ResumeCommand, train
 from angelptm.errors import AngelPTMError
 from io_engine.cli import app as io_app
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(train)
+app.command(cls=ResumeCommand)(train)
 app.command()(plan)
 app.command()(report)
 app.add_typer(io_app, name="io")

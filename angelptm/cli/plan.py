@@ -11,7 +11,7 @@ from rich.table import Table
 
 from angelptm.cli.train import ConfigPath, Overrides
 from angelptm.config import load_config
-from angelptm.engine.setup import lay_out, plan_of
+from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
 from angelptm.model.materialize import build_model
 from angelptm.plan import Plan, plan_rows, plan_summary
 from angelptm.sizes import format_bytes
@@ -26,7 +26,7 @@ def plan(
     loaded = load_config(config, set_ or [])
     with Console(stderr=True).status("building the model without its values"):
         model = build_model(loaded)
-    made = plan_of(*lay_out(model, loaded), loaded)
+    made = plan_of(*lay_out(model, loaded), loaded, buffer_bytes_of(model))
     if json:
         print(json_format.dumps(plan_summary(made)))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from angelptm.config import load_config
 from angelptm.sizes import format_bytes
@@ -25,14 +27,36 @@ Overrides = Annotated[
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, or a DeepSpeed JSON.")]
 
 
+class ResumeCommand(TyperCommand):
+    """Lets ``--resume`` stand without a path."""
+
+    def parse_args(self, context: typer.Context, args: list[str]) -> list[str]:
+        spelled = []
+        for index, argument in enumerate(args):
+            following = args[index + 1] if index + 1 < len(args) else "-"
+            spelled.append("--resume=" if argument == "--resume" and following.startswith("-") else argument)
+        return super().parse_args(context, spelled)
+
+
 def train(
     config: ConfigPath,
     set_: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[PATH]",
+            help="Goes on from the newest commit of the run folder (or checkpoint folder) PATH; without PATH, of run_dir.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on the last line.")] = False,
 ) -> None:
     """Trains a model as a config says."""
     console = Console(stderr=True) if json else Console()
-    result = run_training(load_config(config, set_ or []), ConsoleReporter(console))
+    source = Path(resume) if resume else None
+    result = run_training(
+        load_config(config, set_ or []), ConsoleReporter(console), resume=resume is not None, resume_from=source
+    )
     show_result(result, console)
     if json:
         print(json_format.dumps(result.to_json()), flush=True)
@@ -59,6 +83,12 @@ def show_result(result: RunResult, console: Console) -> None:
         "speed": f"{result.tokens_per_s:,.0f} tokens/s, {sum(result.step_seconds):.1f} s in steps",
         "memory": f"peak RSS {format_bytes(result.peak_rss_bytes)}, of it "
         f"{format_bytes(result.activation_bytes)} of activations kept for backward",
+        **({"SSD writes": _endurance(result.endurance)} if result.endurance.get("written_bytes_per_step") else {}),
+        **(
+            {"commits": f"{result.commits}, for which training stood still {sum(result.commit_seconds):.2f} s in all"}
+            if result.commits
+            else {}
+        ),
         "run folder": result.run_dir,
     }
     if result.validation_loss_before is not None and result.validation_loss_after is not None:
@@ -66,3 +96,11 @@ def show_result(result: RunResult, console: Console) -> None:
         facts = {"validation loss": change, **facts}
     for name, value in facts.items():
         console.print(f"{name:<16}{value}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _endurance(figures: Mapping[str, float]) -> str:
+    return (
+        f"{format_bytes(int(figures['written_bytes_per_step']))} a step, "
+        f"{format_bytes(int(figures['written_bytes_per_day']))} a day at this speed: "
+        f"{figures['drive_writes_per_day']:.2f} drive writes a day of {format_bytes(int(figures['drive_capacity_bytes']))}"
+    )

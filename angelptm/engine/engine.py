@@ -186,7 +186,7 @@ class Engine:
         if config.gradient_checkpointing:
             checkpoint_blocks(model, structure)
         self._hooks = Hooks(model, structure.sites, self._residency, self._dtype)
-        self._traffic = Traffic(self._store, self._device, self._updates)
+        self._traffic = Traffic(self._store, self._device, self._updates, self._commits)
         parked = {name: self._leaves[unit].parked[name] for name, (unit, _) in self._params.items()}
         self.optimizer = PagedOptimizer(
             [{**group, "params": [parked[name] for name in group["params"]]} for group in named_groups],
@@ -481,6 +481,11 @@ class Engine:
         )  # fmt: skip
         return folder, self.resumed.client_state
 
+    def wait_for_checkpoint(self) -> None:
+        """Returns when the commit in the making, if there is one, survives a power cut; raises its error."""
+        if self._commits is not None:
+            self._commits.wait()
+
     @property
     def checkpoint_seconds(self) -> float:
         """Wall-clock seconds that the last completed commit took, on its own thread."""
@@ -606,15 +611,18 @@ def initialize(
     *,
     param_groups: Sequence[dict[str, Any]] | None = None,
     overrides: Sequence[str] = (),
+    resume: str | Path | None = None,
 ) -> Engine:
     """Takes a model over: its parameters move into pages, and the returned engine trains it.
 
     ``config`` is a path, a dict or a Config; a dict with ``tiers``, ``page_size``, ``precision`` and ``optimizer`` is
     enough. ``model`` is any ``nn.Module`` with its values on the CPU, or one from :func:`angelptm.materialize`.
     ``param_groups`` are torch-style optimizer groups of the model's parameters; without them the config decides.
+    ``resume`` names a checkpoint folder or run folder whose newest commit the engine goes on from; the model's own values
+    are not used then.
     Raises ConfigError or CapacityError before anything is allocated.
     """
-    return Engine(model, load_config(config, overrides), groups=param_groups)
+    return Engine(model, load_config(config, overrides), groups=param_groups, resume=resume)
 
 
 __all__ = ["Engine", "ParkedParameter", "initialize"]

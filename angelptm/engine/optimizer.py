@@ -80,9 +80,11 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         raise AngelPTMError(
-            "optimizer.state_dict(): the states live in pages and are not copied into a dictionary, and checkpoints of "
-            "them are not in this version. engine.export_safetensors(folder) saves the parameters."
+            "optimizer.state_dict(): the states live in pages and are not copied into a dictionary. "
+            "engine.save_checkpoint() commits them, with the parameters, where they are."
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: ARG002
-        raise AngelPTMError("optimizer.load_state_dict(): resuming optimizer states is not in this version.")
+        raise AngelPTMError(
+            "optimizer.load_state_dict(): the states live in pages. engine.load_checkpoint(folder) resumes them."
+        )

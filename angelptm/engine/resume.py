@@ -34,7 +34,7 @@ class Resumed:
     scheduler: dict[str, Any] | None
     client_state: dict[str, Any]
     config_hash: str
-    pages: Restored | None
+    pages: Restored
     notes: tuple[str, ...]
 
 

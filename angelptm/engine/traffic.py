@@ -5,6 +5,7 @@ from __future__ import annotations
 import angelptm_native as native
 
 from angelptm.device import Device
+from angelptm.engine.commits import Commits
 from angelptm.engine.updates import Updates
 
 
@@ -15,8 +16,9 @@ class Traffic:
     they are published in.
     """
 
-    def __init__(self, store: native.Store, device: Device, updates: Updates) -> None:
+    def __init__(self, store: native.Store, device: Device, updates: Updates, commits: Commits | None) -> None:
         self._store = store
+        self._commits = commits
         self._device = device
         self._updates = updates
 
@@ -25,6 +27,8 @@ class Traffic:
         update = self._updates.utilisation()
         ssd_read = mover.read_bytes + int(update["read_bytes"])
         ssd_written = mover.written_bytes + int(update["written_bytes"])
+        if self._commits is not None:
+            ssd_written += self._commits.written_bytes
         return {
             "device": {"read": self._device.read_bytes, "written": self._device.written_bytes},
             "host": {

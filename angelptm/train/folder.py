@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,13 +13,14 @@ from angelptm.errors import ConfigError
 
 
 class RunFolder:
-    """``config.yaml`` (resolved), ``plan.json``, ``metrics.jsonl`` (one line a step), ``result.json``, ``tokens/``.
+    """``config.yaml`` (resolved), ``plan.json``, ``metrics.jsonl`` (one line a step), ``result.json``, ``tokens/``, and
+    ``checkpoint/`` where commits are made.
 
     Until ``keep`` is called the folder is on trial: ``discard`` removes what this object made, and nothing else.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = (path or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.kept = False
         """Whether the run has started, so that the folder stays whatever happens."""
@@ -38,19 +38,44 @@ class RunFolder:
         """Where tokenized text is kept."""
         return self.path / "tokens"
 
-    def keep(self, config: Config, plan: dict[str, Any]) -> None:
-        """The run starts: records what it is, and opens the metrics."""
+    def keep(self, config: Config, plan: dict[str, Any], resumed_step: int | None = None) -> list[dict[str, Any]]:
+        """The run starts: records what it is, and opens the metrics. A run that goes on after ``resumed_step`` keeps
+        the lines up to that step, which are returned; what was recorded of later steps will happen again."""
         self.kept = True
         (self.path / "result.json").unlink(missing_ok=True)
         self._write("config.yaml", config.resolved_yaml())
         self._write("plan.json", json.dumps(plan, indent=2))
-        self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+        former = self._former_lines(resumed_step) if resumed_step is not None else []
+        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in former))
+        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        return former
+
+    def _former_lines(self, last_step: int) -> list[dict[str, Any]]:
+        """Whole lines of steps up to ``last_step``."""
+        try:
+            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        lines = []
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # cut short when the process ended
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= last_step:
+                lines.append(record)
+        return lines
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Appends one line, whole."""
         assert self._metrics is not None, "keep comes first"
         self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
+
+    def sync(self) -> None:
+        """Returns when the lines recorded so far survive a power cut."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
 
     def finish(self, result: dict[str, Any]) -> None:
         self._write("result.json", json.dumps(result, indent=2))

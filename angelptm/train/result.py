@@ -12,7 +12,8 @@ class RunResult:
     """Figures of one run. Losses are means over the micro-batches of a step; times are wall-clock seconds; sizes bytes.
 
     ``bytes`` holds ``read`` and ``written`` of each tier over all steps, evaluation not counted; ``peak_bytes`` the
-    most that was in use of each tier, ``budget_bytes`` what was allowed.
+    most that was in use of each tier, ``budget_bytes`` what was allowed. A resumed run's losses, times and bytes are
+    those of all its parts, as the metrics have them; ``commit_seconds``: how long training stood still for each commit.
     """
 
     model: str = ""
@@ -29,6 +30,10 @@ class RunResult:
     budget_bytes: dict[str, int] = field(default_factory=dict)
     activation_bytes: int = 0
     peak_rss_bytes: int = 0
+    resumed_from_step: int | None = None
+    commits: int = 0
+    commit_seconds: list[float] = field(default_factory=list)
+    endurance: dict[str, float] = field(default_factory=dict)
     config_hash: str = ""
     run_dir: str = ""
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from angelptm.checkpoint.folder import RUN_SUBFOLDER, locate
 from angelptm.config import Config
 from angelptm.data import TokenBatches, open_dataset, open_tokenizer
 from angelptm.engine import Engine
-from angelptm.engine.setup import lay_out, plan_of
+from angelptm.engine.resume import Resumed
+from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
 from angelptm.errors import ConfigError
 from angelptm.model.materialize import build_model
 from angelptm.plan import plan_summary
 from angelptm.sizes import format_bytes
+from angelptm.train.endurance import drive_capacity_bytes, endurance
 from angelptm.train.folder import RunFolder
 from angelptm.train.progress import Reporter
 from angelptm.train.result import RunResult
@@ -25,23 +29,27 @@ from angelptm.train.schedule import make_scheduler
 _PROMPT_TOKENS = 48
 
 
-def train(config: Config, reporter: Reporter) -> RunResult:
+def train(config: Config, reporter: Reporter, *, resume: bool = False, resume_from: Path | None = None) -> RunResult:
     """Trains as configured and returns the figures; the run folder has them too.
 
-    Raises ConfigError, CapacityError or DataError before anything is allocated, and leaves nothing behind then;
-    NonFiniteError when the loss stops being a number.
+    With ``resume`` the run in ``run_dir`` goes on from its newest commit, or starts where it has none yet. With
+    ``resume_from``, a run folder or checkpoint folder, it goes on from that one's newest commit, in the same folder
+    when the config names no other ``run_dir``. Raises ConfigError, CapacityError, DataError or CheckpointError before
+    anything is allocated, and leaves nothing behind then; NonFiniteError when the loss stops being a number.
     """
     _require_training(config)
+    config, source = _with_folders(config, resume, resume_from)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.training.seed)
     with reporter.working("building the model"):
         model = build_model(config)
     _require_fit(model, config)
-    plan_of(*lay_out(model, config), config)  # refuses here, before data and run folder are touched
+    plan_of(*lay_out(model, config), config, buffer_bytes_of(model))  # refuses here, before anything is touched
+    assert config.run_dir is not None
     folder = RunFolder(config.run_dir)
     try:
-        return _train(model, config, folder, reporter)
+        return _train(model, config, folder, source, reporter)
     except KeyboardInterrupt:
         reporter.end()
         reporter.say(f"stopped; what happened until then is in {folder.path}" if folder.kept else "stopped")
@@ -49,6 +57,41 @@ def train(config: Config, reporter: Reporter) -> RunResult:
     finally:
         reporter.end()
         folder.discard()
+
+
+def _with_folders(config: Config, resume: bool, resume_from: Path | None) -> tuple[Config, Path | None]:
+    """The config with its run folder and, where commits are wanted, their folder; and where to resume from."""
+    run_dir = config.run_dir
+    if resume_from is not None:
+        locate(resume_from)  # refuses a path without commits
+        if run_dir is None:
+            run_dir = resume_from.parent if resume_from.name == RUN_SUBFOLDER else resume_from
+    elif resume and run_dir is None:
+        raise ConfigError(
+            "run_dir",
+            None,
+            "the folder of the run that goes on",
+            "Give it: --resume PATH, or --set run_dir=PATH --resume.",
+        )
+    run_dir = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    update: dict[str, object] = {"run_dir": run_dir}
+    own = config.checkpoint.folder or run_dir / RUN_SUBFOLDER
+    has_commits = bool(list(own.glob("commits/*.manifest")))
+    if config.checkpoint.every or has_commits:
+        update["checkpoint"] = config.checkpoint.model_copy(update={"folder": own})
+    config = config.model_copy(update=update)
+    if resume_from is not None:
+        return config, resume_from
+    if resume:
+        return config, own if has_commits else None
+    if has_commits:
+        raise ConfigError(
+            "run_dir",
+            str(run_dir),
+            "a folder without commits of an earlier run",
+            "Add --resume to go on from the newest one, or choose another run_dir.",
+        )
+    return config, None
 
 
 def _require_training(config: Config) -> None:
@@ -72,14 +115,14 @@ def _require_fit(model: Any, config: Config) -> None:
         )
 
 
-def _train(model: Any, config: Config, folder: RunFolder, reporter: Reporter) -> RunResult:
+def _train(model: Any, config: Config, folder: RunFolder, source: Path | None, reporter: Reporter) -> RunResult:
     with reporter.working("reading the data") as tick:
         training, validation = open_dataset(
             config.data, config.training.seed, folder.tokens, _vocabulary(model), progress=tick
         )
         training.batch(0)  # tokens that do not fit the model mostly show at once
-    with reporter.working("filling the pages"):
-        engine = Engine(model, config)
+    with reporter.working("filling the pages" if source is None else f"resuming from {source}"):
+        engine = Engine(model, config, resume=source)
     result = RunResult(
         model=config.model.preset or str(getattr(model.config, "model_type", type(model).__name__)),
         parameters=sum(unit.layout.numel for unit in engine.plan.units),
@@ -89,18 +132,56 @@ def _train(model: Any, config: Config, folder: RunFolder, reporter: Reporter) ->
         run_dir=str(folder.path),
     )
     try:
-        folder.keep(config, plan_summary(engine.plan))
+        resumed = engine.resumed
+        result.resumed_from_step = resumed.step if resumed is not None else None
+        former = folder.keep(config, plan_summary(engine.plan), result.resumed_from_step)
         _announce(result, engine, training, reporter)
-        result.validation_loss_before = _evaluate(engine, validation, config, reporter)
-        _steps(engine, training, validation, config, folder, reporter, result)
+        scheduler = make_scheduler(engine.optimizer, config.schedule, config.training.steps)
+        if resumed is not None:
+            _go_on(resumed, former, result, training, scheduler, config, reporter)
+        else:
+            result.validation_loss_before = _evaluate(engine, validation, config, reporter)
+        _steps(engine, training, validation, scheduler, config, folder, reporter, result)
         result.validation_loss_after = _evaluate(engine, validation, config, reporter)
         if config.training.sample_tokens and hasattr(model, "generate"):
             result.sample = _sample(engine, validation or training, config, reporter)
         result.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        engine.wait_for_checkpoint()
         folder.finish(result.to_json())
     finally:
         engine.close()
     return result
+
+
+def _go_on(
+    resumed: Resumed,
+    former: list[dict[str, Any]],
+    result: RunResult,
+    training: TokenBatches,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    config: Config,
+    reporter: Reporter,
+) -> None:
+    """Data, schedule and figures continue where the commit left them."""
+    if resumed.data is not None:
+        training.load_state_dict(resumed.data)
+    if resumed.scheduler is not None:
+        scheduler.load_state_dict(resumed.scheduler)
+    steps = [line for line in former if "loss" in line]
+    result.losses = [line["loss"] for line in steps]
+    result.step_seconds = [line["seconds"] for line in steps]
+    result.bytes = steps[-1]["bytes"] if steps else {}
+    before = resumed.client_state.get("validation_loss_before")
+    result.validation_loss_before = before if isinstance(before, float) else None
+    pages = resumed.pages
+    reporter.say(
+        f"resumed after step {resumed.step} from {resumed.path}: {pages.adopted} pages adopted in place, "
+        f"{pages.read} read and written anew"
+    )
+    for note in resumed.notes:
+        reporter.say(f"  {note}")
+    if resumed.config_hash != config.hash:
+        reporter.say("  the config differs from the commit's; what it says now counts, but lr and the schedule's state")
 
 
 def _budgets(engine: Engine) -> dict[str, int]:
@@ -129,18 +210,20 @@ def _steps(
     engine: Engine,
     training: TokenBatches,
     validation: TokenBatches | None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
     config: Config,
     folder: RunFolder,
     reporter: Reporter,
     result: RunResult,
 ) -> None:
-    scheduler = make_scheduler(engine.optimizer, config.schedule, config.training.steps)
+    former_bytes = result.bytes
     before, phases_before = engine.traffic(), engine.phase_seconds()
     evaluated: dict[str, dict[str, int]] = {tier: {"read": 0, "written": 0} for tier in before}
     engine.module.train()
     reporter.begin(config.training.steps)
-    for step in range(1, config.training.steps + 1):
-        start = time.perf_counter()
+    commit_seconds = 0.0
+    for step in range(engine.global_step + 1, config.training.steps + 1):
+        start = time.perf_counter() - commit_seconds  # the commit's call belongs to the step that follows it
         loss = 0.0
         for _ in range(config.gradient_accumulation_steps):
             output = engine(**next(training))
@@ -156,6 +239,8 @@ def _steps(
         result.losses.append(loss)
         result.step_seconds.append(seconds)
         moved = _difference(_difference(engine.traffic(), before), evaluated)
+        if former_bytes:
+            moved = _sum(moved, former_bytes)
         result.bytes = moved
         folder.record(
             {"step": step, "loss": loss, "lr": lr, "grad_norm": engine.grad_norm, "seconds": seconds, "bytes": moved}
@@ -167,10 +252,35 @@ def _steps(
             held_out = _evaluate(engine, validation, config, reporter)
             evaluated = _sum(evaluated, _difference(engine.traffic(), mark))
             folder.record({"step": step, "validation_loss": held_out})
+        commit_seconds = 0.0
+        if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.training.steps):
+            commit_seconds = _commit(engine, training, scheduler, folder, result)
     reporter.end()
+    result.endurance = endurance(
+        result.bytes["ssd"]["written"],
+        len(result.step_seconds),
+        sum(result.step_seconds),
+        drive_capacity_bytes(config.tiers.ssd),
+    )
     result.phase_seconds = {name: seconds - phases_before[name] for name, seconds in engine.phase_seconds().items()}
     result.peak_bytes = engine.peak_bytes()
     result.activation_bytes = engine.activation_bytes
+
+
+def _commit(
+    engine: Engine,
+    training: TokenBatches,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    folder: RunFolder,
+    result: RunResult,
+) -> float:
+    """Starts a commit; returns the seconds for which training stood still."""
+    start = time.perf_counter()
+    client = {"validation_loss_before": result.validation_loss_before}
+    engine.save_checkpoint(scheduler=scheduler, data=training, client_state=client, before_publish=folder.sync)
+    result.commits += 1
+    result.commit_seconds.append(time.perf_counter() - start)
+    return result.commit_seconds[-1]
 
 
 _Traffic = Mapping[str, Mapping[str, int]]

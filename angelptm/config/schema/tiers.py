@@ -16,6 +16,11 @@ class SsdPath(Section):
     size: Bytes | None = Field(
         default=None, ge=1, description="Bytes to preallocate in this folder. null: what the plan needs."
     )
+    drive_capacity: Bytes | None = Field(
+        default=None,
+        ge=1,
+        description="Capacity of the drive, for the drive writes per day that a run reports. null: the file system's.",
+    )
 
 
 class Tiers(Section):
