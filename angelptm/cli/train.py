@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,12 +30,12 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML confi
 class ResumeCommand(TyperCommand):
     """Lets ``--resume`` stand without a path."""
 
-    def parse_args(self, context: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spelled = []
         for index, argument in enumerate(args):
             following = args[index + 1] if index + 1 < len(args) else "-"
             spelled.append("--resume=" if argument == "--resume" and following.startswith("-") else argument)
-        return super().parse_args(context, spelled)
+        return super().parse_args(ctx, spelled)
 
 
 def train(
@@ -46,7 +46,7 @@ def train(
         typer.Option(
             "--resume",
             metavar="[PATH]",
-            help="Goes on from the newest commit of the run folder (or checkpoint folder) PATH; without PATH, of run_dir.",
+            help="Goes on from the newest commit of the run (or checkpoint folder) PATH; without PATH, of run_dir.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on the last line.")] = False,
@@ -102,5 +102,6 @@ def _endurance(figures: Mapping[str, float]) -> str:
     return (
         f"{format_bytes(int(figures['written_bytes_per_step']))} a step, "
         f"{format_bytes(int(figures['written_bytes_per_day']))} a day at this speed: "
-        f"{figures['drive_writes_per_day']:.2f} drive writes a day of {format_bytes(int(figures['drive_capacity_bytes']))}"
+        f"{figures['drive_writes_per_day']:.2f} drive writes a day of "
+        f"{format_bytes(int(figures['drive_capacity_bytes']))}"
     )

@@ -180,7 +180,7 @@ class Commits:
             self.wait()
 
     def make_room(self) -> None:
-        """To be called before updates: there is no room for them while the slots of the last commit are not yet free."""
+        """To be called before updates: they have no room while the slots of the last commit are not yet free."""
         cut = self._cut
         if cut is not None and (cut.done or self._store.slot_free_count < self._state_slots + self._slots_in_flight):
             self.wait()

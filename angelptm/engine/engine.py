@@ -470,16 +470,37 @@ class Engine:
                 notes.append("the parameter groups differ from the commit's: they keep what the config says")
             if header.rng is not None:
                 set_generator_states(header.rng, str(folder))
-            for what, state in ((scheduler, header.scheduler), (data, header.data)):
-                if what is not None and state is not None:
-                    what.load_state_dict(state)
         for note in notes:
             _log.warning("%s", note)
         self.resumed = Resumed(
-            folder, header.step, header.data, header.scheduler, header.client or {}, header.config_hash, pages,
+            folder,
+            header.step,
+            header.data,
+            header.scheduler,
+            None if weights_only else header.optimizer.groups,
+            header.client or {},
+            header.config_hash,
+            pages,
             tuple(notes),
-        )  # fmt: skip
+        )
+        if not weights_only:
+            self.restore_progress(scheduler=scheduler, data=data)
         return folder, self.resumed.client_state
+
+    def restore_progress(self, *, scheduler: Stateful | None = None, data: Stateful | None = None) -> None:
+        """Puts a scheduler and a data position, built after the load, where the loaded commit has them.
+
+        To build a torch scheduler sets the optimizer's lr to that of its first step, so that loading the scheduler's own
+        state is not enough: the groups get their options back too.
+        """
+        if self.resumed is None:
+            raise AngelPTMError("restore_progress: no commit was loaded")
+        if scheduler is not None and self.resumed.scheduler is not None:
+            scheduler.load_state_dict(self.resumed.scheduler)
+            if self.resumed.groups is not None:
+                restore_groups(self.optimizer.param_groups, self.resumed.groups)
+        if data is not None and self.resumed.data is not None:
+            data.load_state_dict(self.resumed.data)
 
     def wait_for_checkpoint(self) -> None:
         """Returns when the commit in the making, if there is one, survives a power cut; raises its error."""
@@ -618,8 +639,8 @@ def initialize(
     ``config`` is a path, a dict or a Config; a dict with ``tiers``, ``page_size``, ``precision`` and ``optimizer`` is
     enough. ``model`` is any ``nn.Module`` with its values on the CPU, or one from :func:`angelptm.materialize`.
     ``param_groups`` are torch-style optimizer groups of the model's parameters; without them the config decides.
-    ``resume`` names a checkpoint folder or run folder whose newest commit the engine goes on from; the model's own values
-    are not used then.
+    ``resume`` names a checkpoint folder or run folder whose newest commit the engine goes on from; the model's own
+    values are not used then, and ``restore_progress`` does the same for a scheduler and the data.
     Raises ConfigError or CapacityError before anything is allocated.
     """
     return Engine(model, load_config(config, overrides), groups=param_groups, resume=resume)

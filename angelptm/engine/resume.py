@@ -14,6 +14,7 @@ from torch import nn
 
 from angelptm.checkpoint.folder import CheckpointFolder, locate
 from angelptm.checkpoint.format import Manifest
+from angelptm.checkpoint.header import GroupRecord
 from angelptm.checkpoint.reader import CommitReader
 from angelptm.engine.commits import Commits
 from angelptm.engine.restore import Restored
@@ -32,6 +33,7 @@ class Resumed:
     step: int
     data: dict[str, Any] | None
     scheduler: dict[str, Any] | None
+    groups: Sequence[GroupRecord] | None
     client_state: dict[str, Any]
     config_hash: str
     pages: Restored

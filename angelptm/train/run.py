@@ -138,7 +138,7 @@ def _train(model: Any, config: Config, folder: RunFolder, source: Path | None, r
         _announce(result, engine, training, reporter)
         scheduler = make_scheduler(engine.optimizer, config.schedule, config.training.steps)
         if resumed is not None:
-            _go_on(resumed, former, result, training, scheduler, config, reporter)
+            _go_on(engine, resumed, former, result, training, scheduler, config, reporter)
         else:
             result.validation_loss_before = _evaluate(engine, validation, config, reporter)
         _steps(engine, training, validation, scheduler, config, folder, reporter, result)
@@ -154,6 +154,7 @@ def _train(model: Any, config: Config, folder: RunFolder, source: Path | None, r
 
 
 def _go_on(
+    engine: Engine,
     resumed: Resumed,
     former: list[dict[str, Any]],
     result: RunResult,
@@ -163,10 +164,7 @@ def _go_on(
     reporter: Reporter,
 ) -> None:
     """Data, schedule and figures continue where the commit left them."""
-    if resumed.data is not None:
-        training.load_state_dict(resumed.data)
-    if resumed.scheduler is not None:
-        scheduler.load_state_dict(resumed.scheduler)
+    engine.restore_progress(scheduler=scheduler, data=training)
     steps = [line for line in former if "loss" in line]
     result.losses = [line["loss"] for line in steps]
     result.step_seconds = [line["seconds"] for line in steps]
