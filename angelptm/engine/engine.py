@@ -490,7 +490,7 @@ class Engine:
     def restore_progress(self, *, scheduler: Stateful | None = None, data: Stateful | None = None) -> None:
         """Puts a scheduler and a data position, built after the load, where the loaded commit has them.
 
-        To build a torch scheduler sets the optimizer's lr to that of its first step, so that loading the scheduler's own
+        To build a torch scheduler sets the optimizer's lr to that of its first step, so loading the scheduler's own
         state is not enough: the groups get their options back too.
         """
         if self.resumed is None:
