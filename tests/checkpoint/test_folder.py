@@ -203,6 +203,7 @@ def test_store_ids_are_kept_and_checked(folder: CheckpointFolder) -> None:
         ("{", "no JSON"),
         ("[" * 100_000, "no JSON"),
         ("[]", "content"),
+        ("{}", "format_version"),
         ('{"format_version": 2, "store_ids": []}', "format_version"),
         ('{"format_version": 1, "store_ids": ["../x"]}', "store_ids.0"),
         ('{"format_version": 1, "store_ids": [], "x": 1}', "x 1"),
