@@ -37,8 +37,12 @@ _HOLD_SECONDS = 30  # a lock that excludes readers lasts as long as a rename and
 class _Stores(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format_version: Annotated[int, Field(ge=1, le=1)] = 1
-    store_ids: list[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]] = []
+    format_version: Annotated[int, Field(ge=1, le=1)]
+    store_ids: list[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]]
+
+
+def _stores_json(ids: list[str]) -> bytes:
+    return dump_json(_Stores(format_version=1, store_ids=ids).model_dump())
 
 
 def locate(path: Path) -> Path:
@@ -87,7 +91,7 @@ class CheckpointFolder:
             if create:
                 disk.make_folder(path / COMMITS_NAME)
                 if not os.path.lexists(path / STORES_NAME):
-                    disk.publish(path / STORES_NAME, dump_json(_Stores().model_dump()))
+                    disk.publish(path / STORES_NAME, _stores_json([]))
             return cls(path, disk, lock)
         except BaseException:
             lock.release()
@@ -215,8 +219,7 @@ class CheckpointFolder:
         self._assert_owner()
         unique = list(dict.fromkeys(ids))
         if unique != self.store_ids():
-            content = dump_json(_Stores(store_ids=unique).model_dump())
-            self._disk.publish(self.path / STORES_NAME, content)
+            self._disk.publish(self.path / STORES_NAME, _stores_json(unique))
 
     def _assert_owner(self) -> None:
         assert self._lock is not None, "the folder was opened for reading"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from angelptm.checkpoint.json_value import check_json, problem
+from angelptm.checkpoint.json_value import check_json, check_text, problem
 from angelptm.units.layout import ALIGN_ELEMENTS, ParamLayout, UnitLayout
 
 FORMAT_VERSION = 1
@@ -52,7 +52,8 @@ def _checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 Count = Annotated[int, Field(ge=0, le=_MAX_ELEMENTS)]
 Word = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Name = Annotated[str, Field(min_length=1, max_length=4096)]
+Text = Annotated[str, AfterValidator(check_text)]
+Name = Annotated[Text, Field(min_length=1, max_length=4096)]
 JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]
 # Lax only about the container: JSON has lists where we keep tuples. What is inside stays strict.
 Shape = Annotated[
@@ -60,7 +61,7 @@ Shape = Annotated[
     Field(strict=False, max_length=16),
     AfterValidator(_checked_shape),
 ]
-Owner = Annotated[tuple[str, str], Field(strict=False)]
+Owner = Annotated[tuple[Text, Text], Field(strict=False)]
 Scalar = bool | int | float | str | None
 
 
@@ -94,7 +95,7 @@ class ParamRecord(_Part):
 class UnitRecord(_Part):
     """A unit and its parameters in order of offset; the fields are those of ``angelptm.units.layout.UnitLayout``."""
 
-    name: Annotated[str, Field(max_length=4096)]
+    name: Annotated[Text, Field(max_length=4096)]
     params: Annotated[tuple[ParamRecord, ...], Field(strict=False)]
     trainable_elements: Count
     frozen_offset: Count
@@ -209,7 +210,7 @@ class Header(_Part):
     """All of a manifest but its page records. Offsets in units are elements; in the buffer space, bytes."""
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
-    package_version: Annotated[str, Field(max_length=200)]
+    package_version: Annotated[Text, Field(max_length=200)]
     store_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     step: Annotated[int, Field(ge=0, le=10**12 - 1)]
     created: Annotated[str, Field(max_length=40), AfterValidator(_checked_time)]

@@ -74,8 +74,14 @@ def _is_scalar(item: Any) -> bool:
     return item is None or type(item) is bool or (type(item) is str and _is_unicode(item))
 
 
+def check_text(text: str) -> str:
+    """Refuses lone surrogates, which JSON can spell and UTF-8 cannot."""
+    if not _is_unicode(text):
+        raise problem("not Unicode text: it has a lone surrogate")
+    return text
+
+
 def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,6 +153,7 @@ class CommitReader:
         spare: list[AlignedBuffer] = []
         taken = 0  # buffers of this stream
         ahead: Iterator[int] = iter(indices)
+        patience_seconds = 0.0  # an error is told at once
         try:
             while True:
                 while len(flights) < self._depth and (index := next(ahead, None)) is not None:
@@ -168,26 +171,28 @@ class CommitReader:
                 try:
                     yield flight.index, finish(flight)
                 finally:
-                    if flight.buffer is not None:
-                        self._give_back(flight, spare)
+                    self._give_back(flight, spare, 0)
+        except GeneratorExit:  # the consumer has enough: what was read ahead arrives within the deadline
+            patience_seconds = self._deadline_seconds
+            raise
         finally:
+            deadline = time.monotonic() + patience_seconds
             for flight in flights:
-                self._give_back(flight, spare)
+                self._give_back(flight, spare, deadline - time.monotonic())
             self._buffers += spare
 
     def _take_buffer(self) -> AlignedBuffer:
         return self._buffers.pop() if self._buffers else AlignedBuffer(self.manifest.header.page_bytes)
 
-    def _give_back(self, flight: _Flight, spare: list[AlignedBuffer]) -> None:
+    @staticmethod
+    def _give_back(flight: _Flight, spare: list[AlignedBuffer], patience_seconds: float) -> None:
         """Returns the buffer to its stream; one that the kernel may still write to is left to the engine instead."""
         if flight.buffer is None or flight.ticket is None:
             return
-        try:
-            flight.ticket.wait(self._deadline_seconds)
-        except (IoError, ValueError):
-            if not flight.ticket.done():
-                return
-        spare.append(flight.buffer)
+        with contextlib.suppress(IoError, ValueError):  # ValueError: the reader was closed meanwhile
+            flight.ticket.wait(max(patience_seconds, 0))
+        if flight.ticket.done():
+            spare.append(flight.buffer)
 
     def _start(self, index: int, buffer: AlignedBuffer | None) -> _Flight:
         if buffer is None:
