@@ -27,7 +27,7 @@ _FORBIDDEN = ("pickle.find_class", "socket.connect", "socket.getaddrinfo", "subp
 _ROOT = Path(__file__).resolve().parents[2]
 _READABLE = tuple(
     f"{os.path.realpath(path)}/"
-    for path in ("/proc", "/sys", _ROOT, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())
+    for path in ("/proc", "/sys", str(_ROOT), sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())
 )
 _DEVICES = ("/dev/null", "/dev/urandom")
 
@@ -97,7 +97,7 @@ def _is_memory(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        if isinstance(error, MemoryError) or "allocate memory" in str(error).lower():
             return True
         error = error.__cause__ or error.__context__
     return False
