@@ -22,10 +22,13 @@ from angelptm.data.corpus import Document
 from angelptm.data.tokenize import NotTextError, Tokenizer
 from angelptm.data.tokens import Progress, TokenFile
 from angelptm.errors import DataError
+from angelptm.foreign import check_inside, parse_json, read_whole
 
 _log = logging.getLogger("angelptm")
 _FORMAT = 1
 _PIECE_BYTES = 1 << 20
+_LIMIT_BYTES = 64 << 20
+_EXPECTED = "the description of a token cache"
 
 
 def cached_tokens(
@@ -36,7 +39,7 @@ def cached_tokens(
     A document that is not text is left out with a warning; if it is the only one, DataError. progress counts bytes.
     """
     name = _fingerprint(documents, tokenizer)
-    found = _lookup(cache_dir / name, tokenizer.dtype)
+    found = _lookup(cache_dir / name, tokenizer)
     if found is not None:
         return found
     try:
@@ -61,19 +64,24 @@ def _fingerprint(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
     return f"tokens-{digest.hexdigest()[:24]}"
 
 
-def _lookup(stem: Path, dtype: str) -> TokenFile | None:
+def _lookup(stem: Path, tokenizer: Tokenizer) -> TokenFile | None:
+    """The tokens if both files are there, are files, and agree; what they say is checked as if others wrote them."""
+    description, content = stem.with_suffix(".json"), stem.with_suffix(".bin")
+    if not os.path.lexists(description):
+        return None
     try:
-        facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        tokens = TokenFile(stem.with_suffix(".bin"), dtype, int(facts["max_token"]))
-        complete = len(tokens) == facts["token_count"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, DataError):
-        complete = False
-    if not complete:
-        _log.warning("data: %s does not match its description and is written anew", stem.with_suffix(".bin"))
-        return None
-    return tokens
+        check_inside(description, stem.parent)
+        check_inside(content, stem.parent)
+        facts = parse_json(read_whole(description, _LIMIT_BYTES, _EXPECTED), description, _EXPECTED)
+        largest, count = (facts.get("max_token"), facts.get("token_count")) if isinstance(facts, dict) else (None, None)
+        if type(largest) is int and -1 <= largest < tokenizer.vocabulary_size:
+            tokens = TokenFile(content, tokenizer.dtype, largest)
+            if type(count) is int and len(tokens) == count:
+                return tokens
+    except DataError:
+        pass
+    _log.warning("data: %s does not match its description and is written anew", content)
+    return None
 
 
 def _write(

@@ -17,7 +17,6 @@ Nothing in it is believed: sizes are checked against the file's before they are 
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy.typing as npt
 
 from angelptm.data.tokens import TokenArray, TokenFile, TokenSource, read_array
 from angelptm.errors import DataError
+from angelptm.foreign import regular_size_bytes
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -84,8 +84,8 @@ def open_megatron(path: Path) -> TokenSource:
 
 def _read_index(path: Path) -> tuple[str, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(token type, lengths in tokens, offsets in bytes); only the index's own sizes have been checked."""
+    size_bytes = regular_size_bytes(path, "the index of a Megatron dataset")
     try:
-        size_bytes = os.stat(path).st_size
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
     except OSError as error:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from angelptm.errors import DataError
+from angelptm.foreign import regular_size_bytes
 
 TokenArray = npt.NDArray[np.integer[Any]]
 Progress = Callable[[int, int], None]
@@ -36,10 +37,7 @@ class TokenFile:
 
     def __init__(self, path: Path, dtype: str | np.dtype[Any], known_max_token: int | None = None) -> None:
         self.path, self.dtype, self.known_max_token = path, np.dtype(dtype).newbyteorder("<"), known_max_token
-        try:
-            size_bytes = path.stat().st_size
-        except OSError as error:
-            raise DataError(str(path), error.strerror or "an error", "a readable token file") from error
+        size_bytes = regular_size_bytes(path, "a readable token file")
         if size_bytes % self.dtype.itemsize:
             raise DataError(
                 str(path),

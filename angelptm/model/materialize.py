@@ -13,13 +13,8 @@ from torch import nn
 from angelptm.config import Config
 from angelptm.errors import ConfigError
 from angelptm.heap import return_freed_blocks
-from angelptm.model.sources import (
-    ExistingValues,
-    InitializedValues,
-    SafetensorsValues,
-    ValueSource,
-    read_config_json,
-)
+from angelptm.model.folder import check_fits, prefix_of, read_config_json
+from angelptm.model.sources import ExistingValues, InitializedValues, SafetensorsValues, ValueSource
 
 _SOURCE = "_angelptm_source"
 
@@ -55,16 +50,20 @@ def materialize(
     otherwise the model's own initialization runs in fp32, seeded with ``seed`` (see InitializedValues). ``build`` turns
     a transformers config into a module, by default ``AutoModelForCausalLM.from_config``, or the sequence-to-sequence
     one for encoder-decoder configs.
+
+    A folder may come from others: no code from it or named in it runs, and its config.json must describe the weights
+    beside it, else DataError, before anything of the size that it claims is allocated.
     """
     if isinstance(source, (str, Path)):
         weights = source if weights is None else weights
-        source = _config_of(read_config_json(Path(source)))
+        content, path = read_config_json(Path(source)), Path(source) / "config.json"
+        check_fits(lambda: (build or _auto_model)(_config_of(content)), SafetensorsValues(Path(weights)), path)
+        source = _config_of(content)
     with init_on_meta():
         model: nn.Module = source() if callable(source) else (build or _auto_model)(source)
     values: ValueSource = InitializedValues(seed)
     if weights is not None:
-        prefix = getattr(model, "base_model_prefix", "")
-        values = SafetensorsValues(Path(weights), f"{prefix}." if prefix else "")
+        values = SafetensorsValues(Path(weights), prefix_of(model))
         values.load_buffers(model)
     setattr(model, _SOURCE, values)
     return model

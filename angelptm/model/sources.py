@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from angelptm.errors import AngelPTMError, DataError
+from angelptm.foreign import check_inside, regular_size_bytes
 from angelptm.units import UnitLayout
 
 
@@ -129,7 +129,11 @@ def _initialize(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 class SafetensorsValues:
-    """Values from a folder of ``*.safetensors``, as transformers writes them; only one unit is in memory at a time."""
+    """Values from a folder of ``*.safetensors``, as transformers writes them; only one unit is in memory at a time.
+
+    The headers are checked by the safetensors library (offsets in range, without holes or overlaps, at most 100 MB);
+    links that lead out of the folder are refused, and a tensor's shape is compared before its bytes are touched.
+    """
 
     in_model = False
 
@@ -137,31 +141,66 @@ class SafetensorsValues:
         """Reads the files' headers. ``prefix`` is the name of the model inside the outer one ("transformer."), with or
         without which the files may have been saved. Raises DataError."""
         self._folder = folder
-        self._prefix = prefix
+        self.prefix = prefix
+        self.size_bytes = 0
+        """Of all the files."""
         self._file_of: dict[str, Path] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise DataError(str(folder), "no *.safetensors file", "a folder of weights in safetensors format")
         for file in files:
-            try:
-                with safe_open(file, framework="pt") as content:
-                    self._file_of.update(dict.fromkeys(content.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise DataError(str(file), f"an unreadable file ({error})", "a safetensors file") from error
+            check_inside(file, folder)
+            self.size_bytes += regular_size_bytes(file, "a safetensors file")
+            with _opened(file) as content:
+                self._file_of.update(dict.fromkeys(content.keys(), file))
+
+    def __len__(self) -> int:
+        """Tensors in the files."""
+        return len(self._file_of)
 
     def _key(self, name: str) -> str | None:
         """What the files call a tensor of the model."""
-        spellings = [name, self._prefix + name]
-        if self._prefix and name.startswith(self._prefix):
-            spellings.append(name.removeprefix(self._prefix))
+        spellings = [name, self.prefix + name]
+        if self.prefix and name.startswith(self.prefix):
+            spellings.append(name.removeprefix(self.prefix))
         return next((spelling for spelling in spellings if spelling in self._file_of), None)
 
+    def _key_of_parameter(self, names: Iterable[str]) -> str:
+        """The key of a parameter that the model holds under one or several names."""
+        names = list(names)
+        key = next((key for key in map(self._key, names) if key is not None), None)
+        if key is None:
+            known = ", ".join(name[:80] if name.isprintable() else repr(name[:80]) for name in list(self._file_of)[:3])
+            raise DataError(
+                str(self._folder), f"no tensor {names[0]}", "every parameter of the model", f"It has: {known}, ..."
+            )
+        return key
+
+    def _check_shape(self, content: Any, key: str, shape: tuple[int, ...]) -> None:
+        found = content.get_slice(key).get_shape()
+        if tuple(found) != shape:
+            text = str(tuple(found[:8])) if len(found) <= 8 else f"{len(found)} dimensions"
+            raise DataError(str(self._file_of[key]), f"{key} of shape {text}", f"shape {shape}")
+
     def _read(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-        with safe_open(self._file_of[key], framework="pt") as content:
+        with _opened(self._file_of[key]) as content:
+            self._check_shape(content, key, shape)
             value: torch.Tensor = content.get_tensor(key)
-        if tuple(value.shape) != shape:
-            raise DataError(str(self._file_of[key]), f"{key} of shape {tuple(value.shape)}", f"shape {shape}")
+        if tuple(value.shape) != shape:  # packed types, two values a byte
+            raise DataError(str(self._file_of[key]), f"{key} of type {value.dtype}", f"a tensor of shape {shape}")
         return value
+
+    def check_parameters(self, model: nn.Module) -> None:
+        """DataError unless the files hold every parameter of the model in its shape. Reads no values."""
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, param in model.named_parameters(remove_duplicate=False):
+            names.setdefault(param, []).append(name)
+        keys = {self._key_of_parameter(of_one): tuple(param.shape) for param, of_one in names.items()}
+        for file in sorted({self._file_of[key] for key in keys}):
+            with _opened(file) as content:
+                for key, shape in keys.items():
+                    if self._file_of[key] == file:
+                        self._check_shape(content, key, shape)
 
     def load_buffers(self, model: nn.Module) -> None:
         """Copies the persistent buffers that the files have into the model, which keeps its own for the others."""
@@ -173,27 +212,19 @@ class SafetensorsValues:
     def values(self, model: nn.Module, unit: UnitLayout) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
         found: dict[str, torch.Tensor] = {}
         for param in unit.params:
-            names = [f"{module}.{attribute}" if module else attribute for module, attribute in param.owners]
-            key = next((key for key in map(self._key, names) if key is not None), None)
-            if key is None:
-                known = ", ".join(list(self._file_of)[:3])
-                raise DataError(
-                    str(self._folder),
-                    f"no tensor {param.name}",
-                    "every parameter of the model",
-                    f"It has: {known}, ...",
-                )
-            found[param.name] = self._read(key, param.shape)
+            key = self._key_of_parameter(f"{module}.{name}" if module else name for module, name in param.owners)
+            value = self._read(key, param.shape)
+            if not value.is_floating_point():
+                raise DataError(str(self._file_of[key]), f"{key} of type {value.dtype}", "floating point values")
+            found[param.name] = value
         return found
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """The transformers ``config.json`` of a weights folder. Raises DataError."""
-    path = folder / "config.json"
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; what its library raises inside becomes a DataError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(str(path), f"an unreadable file ({error})", "a transformers config.json") from error
-    if not isinstance(content, dict) or "model_type" not in content:
-        raise DataError(str(path), "no model_type", "a transformers config.json")
-    return content
+        with safe_open(file, framework="pt") as content:
+            yield content
+    except (SafetensorError, OSError) as error:
+        raise DataError(str(file), f"an unreadable file ({str(error)[:300]})", "a safetensors file") from error

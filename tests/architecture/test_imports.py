@@ -16,6 +16,7 @@ LAYERS: dict[str, str] = {
     # layer: what it may import of this project, itself and its own parts aside
     "angelptm.sizes": "",
     "angelptm.errors": "angelptm.sizes",
+    "angelptm.foreign": "angelptm.errors",
     "angelptm.model.presets": "",
     "angelptm.config": "angelptm.sizes angelptm.errors angelptm.model.presets",
     "angelptm.units.layout": "",
@@ -26,8 +27,8 @@ LAYERS: dict[str, str] = {
     "angelptm.pages": "angelptm.errors angelptm.plan angelptm.units.layout angelptm_native",
     "angelptm.checkpoint": "angelptm.errors angelptm.sizes angelptm.units.layout angelptm_native io_engine",
     "angelptm.device": "angelptm.errors angelptm.heap angelptm_native",
-    "angelptm.data": "angelptm.errors angelptm.sizes angelptm.config",
-    "angelptm.model": "angelptm.errors angelptm.sizes angelptm.heap angelptm.config angelptm.units "
+    "angelptm.data": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.config",
+    "angelptm.model": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.heap angelptm.config angelptm.units "
     "angelptm.model.presets",
     "angelptm.engine": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units "
     "angelptm.plan angelptm.kernels angelptm.pages angelptm.device angelptm.model angelptm_native",
