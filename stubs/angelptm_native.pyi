@@ -115,6 +115,15 @@ class File:
     @property
     def size_bytes(self) -> int: ...
 
+class CrashPlan:
+    """Shared by the engines whose FaultPlan names it. ``kill_at``: SIGKILL at that write or sync, counted from 1.
+    ``journal``: where io_engine.power_cut finds what to undo; emptied now."""
+
+    def __init__(self, *, seed: int = ..., kill_at: int = ..., journal: str = ...) -> None: ...
+    @property
+    def count(self) -> int:
+        """Writes and syncs so far."""
+
 class FaultPlan:
     def __init__(
         self,
@@ -128,6 +137,7 @@ class FaultPlan:
         delay: float = ...,
         delay_seconds: float = ...,
         reorder: bool = ...,
+        crash: CrashPlan | None = ...,
     ) -> None: ...
 
 class Counters:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "io/crash_plan.h"
 #include "io/engine.h"
 #include "io/error.h"
 #include "io/file.h"
@@ -174,14 +175,21 @@ void bind_io(py::module_& module) {
       .value("AUTO", io::Backend::kAuto)
       .value("URING", io::Backend::kUring)
       .value("THREADS", io::Backend::kThreads);
+  py::class_<io::CrashPlan, std::shared_ptr<io::CrashPlan>>(module, "CrashPlan")
+      .def(py::init<std::uint64_t, std::uint64_t, const std::string&>(), py::kw_only(), py::arg("seed") = 0,
+           py::arg("kill_at") = 0, py::arg("journal") = "")
+      .def_property_readonly("count",
+                             py::cpp_function(&io::CrashPlan::count, py::call_guard<py::gil_scoped_release>()));
   py::class_<io::FaultPlan>(module, "FaultPlan")
-      .def(py::init([](std::uint64_t seed, double short_transfer, double eintr, double eagain, double eio,
-                       double enospc, double delay, double delay_seconds, bool reorder) {
-             return io::FaultPlan{seed, short_transfer, eintr, eagain, eio, enospc, delay, delay_seconds, reorder};
-           }),
-           py::kw_only(), py::arg("seed") = 0, py::arg("short_transfer") = 0.0, py::arg("eintr") = 0.0,
-           py::arg("eagain") = 0.0, py::arg("eio") = 0.0, py::arg("enospc") = 0.0, py::arg("delay") = 0.0,
-           py::arg("delay_seconds") = 0.0, py::arg("reorder") = false);
+      .def(
+          py::init([](std::uint64_t seed, double short_transfer, double eintr, double eagain, double eio, double enospc,
+                      double delay, double delay_seconds, bool reorder, std::shared_ptr<io::CrashPlan> crash) {
+            return io::FaultPlan{seed,   short_transfer, eintr,         eagain,  eio,
+                                 enospc, delay,          delay_seconds, reorder, std::move(crash)};
+          }),
+          py::kw_only(), py::arg("seed") = 0, py::arg("short_transfer") = 0.0, py::arg("eintr") = 0.0,
+          py::arg("eagain") = 0.0, py::arg("eio") = 0.0, py::arg("enospc") = 0.0, py::arg("delay") = 0.0,
+          py::arg("delay_seconds") = 0.0, py::arg("reorder") = false, py::arg("crash") = py::none());
   bind_file(module);
   bind_engine(module);
 }

@@ -4,7 +4,9 @@
 #include <random>
 #include <stdexcept>
 #include <thread>
+#include <unordered_map>
 
+#include "io/crash_plan.h"
 #include "io/queue.h"
 
 namespace angelptm::io {
@@ -46,7 +48,7 @@ class FaultQueue final : public Queue {
       if (fates[i].shortened) forwarded.back().bytes = shortened_bytes(attempts[i], fates[i].kept);
       origin.push_back(i);
     }
-    const std::size_t inner_taken = forwarded.empty() ? 0 : inner_->submit(forwarded);
+    const std::size_t inner_taken = forwarded.empty() ? 0 : hand_over(forwarded);
     const std::size_t taken = inner_taken < forwarded.size() ? origin[inner_taken] : attempts.size();
     const Clock::time_point now = Clock::now();
     for (std::size_t i = 0; i < taken; ++i) {
@@ -79,6 +81,7 @@ class FaultQueue final : public Queue {
             std::find_if(inside_.begin(), inside_.end(), [&](const Inside& x) { return x.id == answer.id; });
         const bool delayed = found->delayed;
         inside_.erase(found);
+        if (const auto crash = crash_numbers_.extract(answer.id)) plan_.crash->end(crash.mapped(), answer.result);
         hold(answer, delayed, Clock::now());
       }
       if (enough) break;
@@ -126,6 +129,22 @@ class FaultQueue final : public Queue {
     return fate;
   }
 
+  // With a crash plan one at a time, so that nothing behind the attempt that kills has been handed over.
+  std::size_t hand_over(std::span<const Attempt> attempts) {
+    if (plan_.crash == nullptr) return inner_->submit(attempts);
+    std::size_t taken = 0;
+    for (const Attempt& attempt : attempts) {
+      const std::uint64_t number = plan_.crash->begin(attempt, *files_[static_cast<std::size_t>(attempt.file)]);
+      if (inner_->submit({&attempt, 1}) == 0) {
+        plan_.crash->withdraw(number);
+        break;
+      }
+      crash_numbers_.emplace(attempt.id, number);
+      ++taken;
+    }
+    return taken;
+  }
+
   // A multiple of the offset alignment, at least one of it and less than the whole; the whole where it is only one.
   std::uint32_t shortened_bytes(const Attempt& attempt, double kept) const {
     const std::uint32_t grain = files_[static_cast<std::size_t>(attempt.file)]->offset_alignment();
@@ -151,9 +170,10 @@ class FaultQueue final : public Queue {
   const std::vector<std::shared_ptr<const File>> files_;
   const FaultPlan plan_;
   std::mt19937_64 shuffler_;
-  std::uint64_t transfer_count_ = 0, sync_count_ = 0;  // taken so far
-  std::vector<Inside> inside_;                         // taken by the inner queue, unanswered
-  std::vector<Held> held_;                             // answered, and kept back until its time
+  std::uint64_t transfer_count_ = 0, sync_count_ = 0;               // taken so far
+  std::unordered_map<std::uint64_t, std::uint64_t> crash_numbers_;  // of what is inside, by the attempt's id
+  std::vector<Inside> inside_;                                      // taken by the inner queue, unanswered
+  std::vector<Held> held_;                                          // answered, and kept back until its time
 };
 
 }  // namespace

@@ -64,6 +64,8 @@ std::unique_ptr<Queue> make_uring_queue(std::vector<std::shared_ptr<const File>>
 std::unique_ptr<Queue> make_thread_queue(std::vector<std::shared_ptr<const File>> files, std::size_t depth,
                                          std::size_t threads);
 
+class CrashPlan;
+
 // Seeded faults, each with its own probability in [0, 1] for each attempt.
 struct FaultPlan {
   std::uint64_t seed = 0;
@@ -75,6 +77,9 @@ struct FaultPlan {
   double delay = 0;           // hold the answer back for delay_seconds
   double delay_seconds = 0;
   bool reorder = false;  // shuffle the answers of each reap
+  // Kills the process at a chosen write, or records what a power cut would lose; shared by all queues made from copies
+  // of this plan. It sees the attempts that are handed to the inner queue, as they are handed over.
+  std::shared_ptr<CrashPlan> crash;
 };
 // `files` are the inner queue's: their alignments say where a transfer may be cut short. The fate of an attempt depends
 // on the seed and on how many attempts were taken before it, so the same order of attempts meets the same faults. Syncs
