@@ -15,6 +15,7 @@ from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
 from angelptm.model.materialize import build_model
 from angelptm.plan import Plan, plan_rows, plan_summary
 from angelptm.sizes import format_bytes
+from angelptm.train.resume import as_trained
 
 
 def plan(
@@ -23,7 +24,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Says how many bytes of each kind live on each tier, and whether it fits; allocates nothing."""
-    loaded = load_config(config, set_ or [])
+    loaded = as_trained(load_config(config, set_ or []))
     with Console(stderr=True).status("building the model without its values"):
         model = build_model(loaded)
     made = plan_of(*lay_out(model, loaded), loaded, buffer_bytes_of(model))

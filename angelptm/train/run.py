@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from angelptm.checkpoint.folder import RUN_SUBFOLDER, locate
 from angelptm.config import Config
 from angelptm.data import TokenBatches, open_dataset, open_tokenizer
 from angelptm.engine import Engine
-from angelptm.engine.resume import Resumed
 from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
 from angelptm.errors import ConfigError
 from angelptm.model.materialize import build_model
@@ -24,6 +22,7 @@ from angelptm.train.endurance import drive_capacity_bytes, endurance
 from angelptm.train.folder import RunFolder
 from angelptm.train.progress import Reporter
 from angelptm.train.result import RunResult
+from angelptm.train.resume import choose_folders, go_on
 from angelptm.train.schedule import make_scheduler
 
 _PROMPT_TOKENS = 48
@@ -38,7 +37,7 @@ def train(config: Config, reporter: Reporter, *, resume: bool = False, resume_fr
     anything is allocated, and leaves nothing behind then; NonFiniteError when the loss stops being a number.
     """
     _require_training(config)
-    config, source = _with_folders(config, resume, resume_from)
+    config, source = choose_folders(config, resume, resume_from)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.training.seed)
@@ -57,41 +56,6 @@ def train(config: Config, reporter: Reporter, *, resume: bool = False, resume_fr
     finally:
         reporter.end()
         folder.discard()
-
-
-def _with_folders(config: Config, resume: bool, resume_from: Path | None) -> tuple[Config, Path | None]:
-    """The config with its run folder and, where commits are wanted, their folder; and where to resume from."""
-    run_dir = config.run_dir
-    if resume_from is not None:
-        locate(resume_from)  # refuses a path without commits
-        if run_dir is None:
-            run_dir = resume_from.parent if resume_from.name == RUN_SUBFOLDER else resume_from
-    elif resume and run_dir is None:
-        raise ConfigError(
-            "run_dir",
-            None,
-            "the folder of the run that goes on",
-            "Give it: --resume PATH, or --set run_dir=PATH --resume.",
-        )
-    run_dir = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    update: dict[str, object] = {"run_dir": run_dir}
-    own = config.checkpoint.folder or run_dir / RUN_SUBFOLDER
-    has_commits = bool(list(own.glob("commits/*.manifest")))
-    if config.checkpoint.every or has_commits:
-        update["checkpoint"] = config.checkpoint.model_copy(update={"folder": own})
-    config = config.model_copy(update=update)
-    if resume_from is not None:
-        return config, resume_from
-    if resume:
-        return config, own if has_commits else None
-    if has_commits:
-        raise ConfigError(
-            "run_dir",
-            str(run_dir),
-            "a folder without commits of an earlier run",
-            "Add --resume to go on from the newest one, or choose another run_dir.",
-        )
-    return config, None
 
 
 def _require_training(config: Config) -> None:
@@ -138,7 +102,7 @@ def _train(model: Any, config: Config, folder: RunFolder, source: Path | None, r
         _announce(result, engine, training, reporter)
         scheduler = make_scheduler(engine.optimizer, config.schedule, config.training.steps)
         if resumed is not None:
-            _go_on(engine, resumed, former, result, training, scheduler, config, reporter)
+            go_on(engine, resumed, former, result, training, scheduler, config, reporter)
         else:
             result.validation_loss_before = _evaluate(engine, validation, config, reporter)
         _steps(engine, training, validation, scheduler, config, folder, reporter, result)
@@ -151,35 +115,6 @@ def _train(model: Any, config: Config, folder: RunFolder, source: Path | None, r
     finally:
         engine.close()
     return result
-
-
-def _go_on(
-    engine: Engine,
-    resumed: Resumed,
-    former: list[dict[str, Any]],
-    result: RunResult,
-    training: TokenBatches,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    config: Config,
-    reporter: Reporter,
-) -> None:
-    """Data, schedule and figures continue where the commit left them."""
-    engine.restore_progress(scheduler=scheduler, data=training)
-    steps = [line for line in former if "loss" in line]
-    result.losses = [line["loss"] for line in steps]
-    result.step_seconds = [line["seconds"] for line in steps]
-    result.bytes = steps[-1]["bytes"] if steps else {}
-    before = resumed.client_state.get("validation_loss_before")
-    result.validation_loss_before = before if isinstance(before, float) else None
-    pages = resumed.pages
-    reporter.say(
-        f"resumed after step {resumed.step} from {resumed.path}: {pages.adopted} pages adopted in place, "
-        f"{pages.read} read and written anew"
-    )
-    for note in resumed.notes:
-        reporter.say(f"  {note}")
-    if resumed.config_hash != config.hash:
-        reporter.say("  the config differs from the commit's; what it says now counts, but lr and the schedule's state")
 
 
 def _budgets(engine: Engine) -> dict[str, int]:
