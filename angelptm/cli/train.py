@@ -79,7 +79,7 @@ def show_result(result: RunResult, console: Console) -> None:
         )
     console.print(table)
     facts = {
-        "training loss": f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}",
+        **({"training loss": f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}"} if result.losses else {}),
         "speed": f"{result.tokens_per_s:,.0f} tokens/s, {sum(result.step_seconds):.1f} s in steps",
         "memory": f"peak RSS {format_bytes(result.peak_rss_bytes)}, of it "
         f"{format_bytes(result.activation_bytes)} of activations kept for backward",

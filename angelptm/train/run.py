@@ -24,6 +24,7 @@ from angelptm.train.progress import Reporter
 from angelptm.train.result import RunResult
 from angelptm.train.resume import choose_folders, go_on
 from angelptm.train.schedule import make_scheduler
+from angelptm.train.stop import StopRequest, stop_on_signals
 
 _PROMPT_TOKENS = 48
 
@@ -105,7 +106,8 @@ def _train(model: Any, config: Config, folder: RunFolder, source: Path | None, r
             go_on(engine, resumed, former, result, training, scheduler, config, reporter)
         else:
             result.validation_loss_before = _evaluate(engine, validation, config, reporter)
-        _steps(engine, training, validation, scheduler, config, folder, reporter, result)
+        with stop_on_signals(reporter.say, enabled=config.checkpoint.every > 0) as stop:
+            _steps(engine, training, validation, scheduler, config, folder, reporter, result, stop)
         result.validation_loss_after = _evaluate(engine, validation, config, reporter)
         if config.training.sample_tokens and hasattr(model, "generate"):
             result.sample = _sample(engine, validation or training, config, reporter)
@@ -148,6 +150,7 @@ def _steps(
     folder: RunFolder,
     reporter: Reporter,
     result: RunResult,
+    stop: StopRequest,
 ) -> None:
     former_bytes = result.bytes
     before, phases_before = engine.traffic(), engine.phase_seconds()
@@ -157,12 +160,7 @@ def _steps(
     commit_seconds = 0.0
     for step in range(engine.global_step + 1, config.training.steps + 1):
         start = time.perf_counter() - commit_seconds  # the commit's call belongs to the step that follows it
-        loss = 0.0
-        for _ in range(config.gradient_accumulation_steps):
-            output = engine(**next(training))
-            engine.backward(output.loss)
-            loss += float(output.loss.detach()) / config.gradient_accumulation_steps
-            del output
+        loss = _micro_steps(engine, training, config.gradient_accumulation_steps)
         engine.step()
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -186,9 +184,15 @@ def _steps(
             evaluated = _sum(evaluated, _difference(engine.traffic(), mark))
             folder.record({"step": step, "validation_loss": held_out})
         commit_seconds = 0.0
-        if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.training.steps):
+        last = stop.asked or step == config.training.steps
+        if config.checkpoint.every and (step % config.checkpoint.every == 0 or last):
             commit_seconds = _commit(engine, training, scheduler, folder, result)
+        if stop.asked:
+            engine.wait_for_checkpoint()
+            reporter.say(f"step {step} is committed; --resume goes on after it")
+            raise KeyboardInterrupt
     reporter.end()
+    result.bytes = result.bytes or evaluated
     result.endurance = endurance(
         result.bytes["ssd"]["written"],
         len(result.step_seconds),
@@ -198,6 +202,17 @@ def _steps(
     result.phase_seconds = {name: seconds - phases_before[name] for name, seconds in engine.phase_seconds().items()}
     result.peak_bytes = engine.peak_bytes()
     result.activation_bytes = engine.activation_bytes
+
+
+def _micro_steps(engine: Engine, training: TokenBatches, count: int) -> float:
+    """Forward and backward of one optimizer step; the mean loss."""
+    loss = 0.0
+    for _ in range(count):
+        output = engine(**next(training))
+        engine.backward(output.loss)
+        loss += float(output.loss.detach()) / count
+        del output
+    return loss
 
 
 def _commit(
