@@ -272,7 +272,7 @@ def test_resolved_yaml_loads_to_an_equal_config_with_exact_sizes() -> None:
     assert content["tiers"] == {
         "device": "24MiB",
         "host": 100000001,
-        "ssd": [{"path": "/nvme", "size": None}],
+        "ssd": [{"path": "/nvme", "size": None, "drive_capacity": None}],
         "return_freed": "1MiB",
     }
     assert load_config(content) == config
