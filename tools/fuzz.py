@@ -149,7 +149,8 @@ def main() -> int:
         print(f"{outcome.target:16}" + "".join(f"{count:>10}" for count in counts))
         save(target, arguments.seed, outcome.failures, arguments.failures)
         for index, failure in outcome.failures.items():
-            print(f"    input {index}: {failure.kind}: {failure.text.strip().splitlines()[-1][:160]}")
+            lines = failure.text.strip().splitlines()
+            print(f"    input {index}: {failure.kind}: {lines[0 if failure.kind == 'crash' else -1][:160]}")
     failed = any(outcome.failures for outcome in outcomes)
     if failed:
         print(f"failing inputs are in {arguments.failures}")

@@ -67,20 +67,27 @@ def _plausible(number: float, key: str) -> bool:
 def check_fits(build: Callable[[], nn.Module], values: SafetensorsValues, path: Path) -> None:
     """Builds the model on the meta device and compares it with the weights. Raises DataError, naming ``path``, for a
     model that cannot be built, or the weights for what they do not bear out."""
-    try:
-        with torch.device("meta"), _parameters_limited(2 * len(values) + 64, path):
-            model = build()
-    except (AngelPTMError, MemoryError):
-        raise
-    except Exception as error:  # whatever the library of models raises for values that it did not expect
-        text = " ".join(str(error).split())[:300]
-        raise DataError(str(path), f"{type(error).__name__}: {text}", "a model that transformers can build") from error
+    with torch.device("meta"), _parameters_limited(2 * len(values) + 64, path), refused_as_data(path):
+        model = build()
     values.prefix = prefix_of(model)
     values.check_parameters(model)
     limit_bytes = values.size_bytes + _BUFFERS_BYTES
     buffers_bytes = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if buffers_bytes > limit_bytes:
         raise DataError(str(path), f"{buffers_bytes} bytes of buffers", f"at most {limit_bytes} beside these weights")
+
+
+@contextmanager
+def refused_as_data(path: Path) -> Iterator[None]:
+    """Inside, a model is built from the config.json at ``path``: what the library of models raises for values that it
+    did not expect, which can be anything, becomes a DataError."""
+    try:
+        yield
+    except (AngelPTMError, MemoryError):
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DataError(str(path), text, "a model that transformers can build") from error
 
 
 def prefix_of(model: nn.Module) -> str:

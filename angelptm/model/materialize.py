@@ -13,7 +13,7 @@ from torch import nn
 from angelptm.config import Config
 from angelptm.errors import ConfigError
 from angelptm.heap import return_freed_blocks
-from angelptm.model.folder import check_fits, prefix_of, read_config_json
+from angelptm.model.folder import check_fits, prefix_of, read_config_json, refused_as_data
 from angelptm.model.sources import ExistingValues, InitializedValues, SafetensorsValues, ValueSource
 
 _SOURCE = "_angelptm_source"
@@ -58,9 +58,11 @@ def materialize(
         weights = source if weights is None else weights
         content, path = read_config_json(Path(source)), Path(source) / "config.json"
         check_fits(lambda: (build or _auto_model)(_config_of(content)), SafetensorsValues(Path(weights)), path)
-        source = _config_of(content)
-    with init_on_meta():
-        model: nn.Module = source() if callable(source) else (build or _auto_model)(source)
+        with init_on_meta(), refused_as_data(path):
+            model: nn.Module = (build or _auto_model)(_config_of(content))
+    else:
+        with init_on_meta():
+            model = source() if callable(source) else (build or _auto_model)(source)
     values: ValueSource = InitializedValues(seed)
     if weights is not None:
         values = SafetensorsValues(Path(weights), prefix_of(model))
