@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,40 +14,23 @@ from torch import nn
 
 from angelptm.checkpoint.disk import Disk
 from angelptm.config import Config, load_config
-from angelptm.device import CpuDevice
-from angelptm.engine.commits import Commits, Durable, buffer_space
-from angelptm.engine.dtypes import NATIVE_DTYPES, TORCH_DTYPES
+from angelptm.engine.assembly import Parts, assemble
+from angelptm.engine.dtypes import TORCH_DTYPES
+from angelptm.engine.durability import Durability, Progress
 from angelptm.engine.durable import open_durable
 from angelptm.engine.export import LazyState, export_safetensors
-from angelptm.engine.gradients import Gradients
 from angelptm.engine.hooks import Hooks
-from angelptm.engine.leaves import UnitLeaves, put
-from angelptm.engine.optimizer import RULES, PagedOptimizer
+from angelptm.engine.leaves import put
+from angelptm.engine.optimizer import PagedOptimizer
 from angelptm.engine.parked import ParkedParameter
-from angelptm.engine.residency import Residency
-from angelptm.engine.restore import Restorer
-from angelptm.engine.resume import Resumed, open_commit, restore_buffers
-from angelptm.engine.setup import (
-    buffer_bytes_of,
-    checkpoint_blocks,
-    grad_precision,
-    lay_out,
-    param_groups,
-    parameter,
-    persistent_buffers,
-    plan_of,
-)
-from angelptm.engine.snapshot import Stateful, make_header, restore_groups, set_generator_states, state_of
+from angelptm.engine.resume import Resumed
+from angelptm.engine.setup import buffer_bytes_of, checkpoint_blocks, lay_out, param_groups, parameter, plan_of
+from angelptm.engine.snapshot import Stateful
 from angelptm.engine.traffic import Traffic
-from angelptm.engine.updates import Updates
-from angelptm.engine.values import Values
-from angelptm.errors import AngelPTMError, CheckpointError, NonFiniteError
+from angelptm.errors import AngelPTMError, NonFiniteError
 from angelptm.model.materialize import source_of
-from angelptm.pages import Catalogue, SlotFiles, allocate_pages, open_store
 from angelptm.plan import Plan
-from angelptm.units import ParamLayout, Structure, UnitLayout
-
-_log = logging.getLogger("angelptm")
+from angelptm.units import ParamLayout, Structure
 
 
 class Engine:
@@ -81,7 +63,6 @@ class Engine:
         self.config = config
         structure, layouts = lay_out(model, config)
         self.plan: Plan = plan_of(structure, layouts, config, buffer_bytes_of(model))
-        self._dtype = TORCH_DTYPES[config.precision]
         self._params: dict[str, tuple[int, ParamLayout]] = {
             param.name: (layout.index, param) for layout in layouts for param in layout.params
         }
@@ -102,107 +83,42 @@ class Engine:
         with ExitStack() as undo:
             if durable is not None:
                 undo.callback(durable.folder.close)
-            self._open(durable, slot_files, structure, layouts, named_groups, faults)
+            parts = assemble(model, config, self.plan, durable, slot_files, faults, self._take_gradient)
+            self._wire(parts, structure, named_groups)
             if resume is None:
                 self._fill(model)
             else:
                 self._fill_from(Path(resume), resume_step)
             undo.pop_all()
 
-    def _open(
-        self,
-        durable: Durable | None,
-        slot_files: SlotFiles | None,
-        structure: Structure,
-        layouts: Sequence[UnitLayout],
-        named_groups: Sequence[dict[str, Any]],
-        faults: native.FaultPlan | None,
-    ) -> None:
-        """Allocates everything, and wires it together."""
-        model, config = self.module, self.config
-        grad_dtype = TORCH_DTYPES[grad_precision(config)]
-        trainable = [name for name, (_, param) in self._params.items() if param.trainable]
-        self._store = open_store(
-            self.plan,
-            slot_files=slot_files,
-            backend=config.io.backend,
-            queue_depth=config.io.queue_depth,
-            direct=config.io.direct,
-            deadline_seconds=config.io.deadline_seconds,
-            faults=faults,
-        )
-        for note in self._store.notes:
-            _log.info("%s", note)
-        self._device = CpuDevice(self.plan.device_frames * self.plan.page_bytes, config.tiers.return_freed)
-        pages = allocate_pages(self._store, self.plan)
-        self._catalogue = Catalogue(self.plan, pages)
-        self._updates = Updates(
-            self._store,
-            self.plan,
-            pages,
-            rule=RULES[config.optimizer.type],
-            grad_dtype=NATIVE_DTYPES[grad_dtype],
-            param_dtype=NATIVE_DTYPES[self._dtype],
-            device_params={
-                (unit, span): self._device.address((plan.frame_offset + span) * self.plan.page_bytes)
-                for unit, plan in enumerate(self.plan.units)
-                if not pages[unit].params
-                for span in range(len(plan.spans))
-            },
-            deadline_seconds=config.io.deadline_seconds,
-            name_page=self._catalogue.name,
-        )
-        self._commits: Commits | None = None
-        if durable is not None:
-            self._commits = Commits(
-                durable,
-                self._store,
-                self.plan,
-                self._catalogue,
-                self._updates,
-                self._device,
-                keep=config.checkpoint.keep,
-                deadline_seconds=config.io.deadline_seconds,
-            )
-        self._gradients = Gradients(self.plan, pages, self._store, self._device, grad_dtype, self._catalogue.name)
-        self._values = Values(
-            self.plan, pages, self._store, self._device, self._dtype, self._updates, self._catalogue.name
-        )
-        self._leaves = [
-            UnitLeaves(
-                layout,
-                model,
-                self._device,
-                self._dtype,
-                self._gradients.has,
-                self._take_gradient,
-                one_leaf=grad_dtype != self._dtype,
-            )
-            for layout in layouts
-        ]
-        self._residency = Residency(
-            self.plan, pages, self._store, self._device, self._leaves, self._updates, self._catalogue.name
-        )
-        if config.gradient_checkpointing:
-            checkpoint_blocks(model, structure)
-        self._hooks = Hooks(model, structure.sites, self._residency, self._dtype)
+    def _wire(self, parts: Parts, structure: Structure, named_groups: Sequence[dict[str, Any]]) -> None:
+        """Puts the parts to work on the module."""
+        self._store, self._device, self._updates = parts.store, parts.device, parts.updates
+        self._gradients, self._values, self._commits = parts.gradients, parts.values, parts.commits
+        self._leaves, self._residency = parts.leaves, parts.residency
+        if self.config.gradient_checkpointing:
+            checkpoint_blocks(self.module, structure)
+        self._hooks = Hooks(self.module, structure.sites, self._residency, TORCH_DTYPES[self.config.precision])
         self._traffic = Traffic(self._store, self._device, self._updates, self._commits)
         parked = {name: self._leaves[unit].parked[name] for name, (unit, _) in self._params.items()}
         self.optimizer = PagedOptimizer(
             [{**group, "params": [parked[name] for name in group["params"]]} for group in named_groups],
-            config.optimizer,
+            self.config.optimizer,
             self._take_step,
             self._drop_gradients,
         )
-        self._steps_of: dict[str, int] = dict.fromkeys(trainable, 0)
-        self.resumed: Resumed | None = None
-        """What the commit loaded last says besides values; None when none was."""
+        self._progress = Progress({name: 0 for name, (_, param) in self._params.items() if param.trainable})
+        self._durability = Durability(parts, self.module, self.config, self.optimizer, self._progress)
         self._micro_step = 0
         self._max_norm: float | None = None
-        self.global_step = 0
         self.grad_norm: float | None = None
         """The global gradient norm before clipping at the last step; None when nothing asked for it."""
         self.step_seconds = 0.0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken, those of the runs that this one goes on from included."""
+        return self._progress.global_step
 
     def _fill_from(self, path: Path, step: int | None) -> None:
         """Instead of ``_fill``: a commit has the values."""
@@ -307,7 +223,7 @@ class Engine:
             self._updates.submit(unit, runs, hypers)
             self._gradients.forget(unit)
         self._gradients.passed()
-        self.global_step += 1
+        self._progress.global_step += 1
         self.step_seconds += time.perf_counter() - start
 
     def _runs(
@@ -324,8 +240,8 @@ class Engine:
             if param.name not in present:
                 joins = False
                 continue
-            self._steps_of[param.name] += 1
-            key = (group_of[param.name], self._steps_of[param.name])
+            self._progress.steps_of[param.name] += 1
+            key = (group_of[param.name], self._progress.steps_of[param.name])
             if key not in keys:
                 keys.append(key)
             if joins and runs[-1][2] == keys.index(key):
@@ -344,6 +260,11 @@ class Engine:
         self._updates.drain()
 
     # Durable states.
+
+    @property
+    def resumed(self) -> Resumed | None:
+        """What the commit loaded last says besides values; None when none was."""
+        return self._durability.resumed
 
     def save_checkpoint(
         self,
@@ -364,43 +285,15 @@ class Engine:
         on that thread just before the commit appears. ``save_dir`` may only name the folder that the config gives:
         `angelptm checkpoint copy` makes copies elsewhere. Raises AngelPTMError between a backward pass and its step.
         """
-        if self._commits is None:
-            raise AngelPTMError(
-                "save_checkpoint: the store has no folder to commit to. Set checkpoint.folder in the config that "
-                "initialize gets, before training."
-            )
-        if save_dir is not None and Path(save_dir).resolve() != self._commits.folder.resolve():
-            raise AngelPTMError(
-                f"save_checkpoint: {save_dir} is not checkpoint.folder ({self._commits.folder}). A commit stays "
-                "where the pages are; `angelptm checkpoint copy` copies one to another folder or drive."
-            )
-        if any(self._gradients.params_with_gradient(unit) for unit in range(len(self._leaves))):
-            raise AngelPTMError(
-                "save_checkpoint: there are gradients that no step has taken. Commit after step(), or drop them with "
-                "optimizer.zero_grad()."
-            )
-        records, content = buffer_space(persistent_buffers(self.module))
-        durable = self._commits.durable
-        header = make_header(
-            plan=self.plan,
-            module=self.module,
-            store_id=durable.store_id,
-            files=list(zip(durable.files, self._store.slot_counts)),
-            step=self.global_step,
-            config_hash=self.config.hash,
-            precision=self.config.precision,
-            optimizer_type=self.config.optimizer.type,
-            param_groups=self.optimizer.param_groups,
-            steps_of=self._steps_of,
-            buffers=records,
-            buffer_bytes=len(content),
-            scheduler=state_of(scheduler),
-            data=state_of(data),
-            client=state_of(client_state),
+        self._durability.save(
+            save_dir,
+            client_state=client_state,
+            scheduler=scheduler,
+            data=data,
+            before_publish=before_publish,
         )
-        self._commits.begin(header, content, before_publish)
         if wait:
-            self._commits.wait()
+            self.wait_for_checkpoint()
 
     def load_checkpoint(
         self,
@@ -419,73 +312,12 @@ class Engine:
         ``engine.resumed`` says the rest. Raises CheckpointError, with nothing changed, for a commit of another model,
         and CorruptPageError for a damaged one.
         """
-        if load_dir is None:
-            if self._commits is None:
-                raise AngelPTMError("load_checkpoint: name a folder, as the config has no checkpoint.folder")
-            load_dir = self._commits.folder
-        path = Path(load_dir)
         self.drain()
-        if self._commits is not None:
-            self._commits.wait()
         self._drop_gradients()
-        folders = [one.path for one in self.config.tiers.ssd]
-        with open_commit(path, step, self._commits, folders) as (folder, manifest, reader, same_files):
-            restorer = Restorer(
-                manifest,
-                reader,
-                same_files=same_files,
-                weights_only=weights_only,
-                store=self._store,
-                plan=self.plan,
-                catalogue=self._catalogue,
-                values=self._values,
-                device=self._device,
-                dtype=self._dtype,
-                path=str(folder),
-            )
-            header = manifest.header
-            if not weights_only and header.optimizer.type != self.config.optimizer.type:
-                raise CheckpointError(
-                    str(folder),
-                    f"states of {header.optimizer.type}",
-                    f"those of {self.config.optimizer.type}",
-                    "Set optimizer.type, or load the weights only.",
-                )
-            for unit in range(len(self._leaves)):
-                self._residency.expire(unit)
-            pages = restorer.weights() if weights_only else restorer.pages()
-            notes = restore_buffers(self.module, reader, str(folder))
-            if self._commits is not None:
-                self._commits.forget_device_pages()
-                if not weights_only and folder.resolve() == self._commits.folder.resolve():
-                    self._commits.come_from(header.step)
-        if weights_only:
-            self._steps_of = dict.fromkeys(self._steps_of, 0)
-            self.global_step = 0
-            notes.append("the optimizer starts anew: masters are formed from the loaded weights, moments are zero")
-        else:
-            self._steps_of.update(header.optimizer.steps)
-            self.global_step = header.step
-            if not restore_groups(self.optimizer.param_groups, header.optimizer.groups):
-                notes.append("the parameter groups differ from the commit's: they keep what the config says")
-            if header.rng is not None:
-                set_generator_states(header.rng, str(folder))
-        for note in notes:
-            _log.warning("%s", note)
-        self.resumed = Resumed(
-            folder,
-            header.step,
-            header.data,
-            header.scheduler,
-            None if weights_only else header.optimizer.groups,
-            header.client or {},
-            header.config_hash,
-            pages,
-            tuple(notes),
-        )
+        resumed = self._durability.load(load_dir, step=step, weights_only=weights_only)
         if not weights_only:
             self.restore_progress(scheduler=scheduler, data=data)
-        return folder, self.resumed.client_state
+        return resumed.path, resumed.client_state
 
     def restore_progress(self, *, scheduler: Stateful | None = None, data: Stateful | None = None) -> None:
         """Puts a scheduler and a data position, built after the load, where the loaded commit has them.
@@ -493,14 +325,7 @@ class Engine:
         To build a torch scheduler sets the optimizer's lr to that of its first step, so loading the scheduler's own
         state is not enough: the groups get their options back too.
         """
-        if self.resumed is None:
-            raise AngelPTMError("restore_progress: no commit was loaded")
-        if scheduler is not None and self.resumed.scheduler is not None:
-            scheduler.load_state_dict(self.resumed.scheduler)
-            if self.resumed.groups is not None:
-                restore_groups(self.optimizer.param_groups, self.resumed.groups)
-        if data is not None and self.resumed.data is not None:
-            data.load_state_dict(self.resumed.data)
+        self._durability.restore_progress(scheduler, data)
 
     def wait_for_checkpoint(self) -> None:
         """Returns when the commit in the making, if there is one, survives a power cut; raises its error."""

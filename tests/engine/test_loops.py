@@ -162,8 +162,8 @@ def test_parameters_frozen_and_thawed_between_steps(make_both: MakeBoth) -> None
                 if "h.0" in name or "wte" in name:
                     param.requires_grad_(trains)
         train_both(engine, reference, GPT2, 1, first=step)
-    assert engine._steps_of == reference.steps
-    assert engine._steps_of["transformer.wte.weight"] == 2
+    assert engine._progress.steps_of == reference.steps
+    assert engine._progress.steps_of["transformer.wte.weight"] == 2
     assert_same_parameters(engine, reference)
 
 
@@ -238,7 +238,7 @@ def test_unit_without_a_gradient_is_skipped_and_counts_its_own_steps(placement: 
     _train_branching(engine, reference)
     assert reference.steps["right.0.weight"] == 4
     assert reference.steps["left.weight"] == 8
-    assert engine._steps_of == reference.steps
+    assert engine._progress.steps_of == reference.steps
     assert not torch.equal(engine.state_dict()["left.weight"], before)
     assert_same_parameters(engine, reference)
 
@@ -249,6 +249,6 @@ def test_parameter_without_a_gradient_is_skipped_inside_its_unit(optimizer: str,
     keys = {"type": optimizer, "lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
     engine, reference = make_both(BranchingInside(), optimizer=keys, gradient_clipping=0.5)
     _train_branching(engine, reference)
-    assert engine._steps_of == reference.steps
-    assert engine._steps_of["blocks.0.never.weight"] == 0
+    assert engine._progress.steps_of == reference.steps
+    assert engine._progress.steps_of["blocks.0.never.weight"] == 0
     assert_same_parameters(engine, reference)

@@ -1,0 +1,119 @@
+"""Allocates everything that a run needs, once, and wires it together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import angelptm_native as native
+import torch
+from torch import nn
+
+from angelptm.config import Config
+from angelptm.device import CpuDevice
+from angelptm.engine.commits import Commits, Durable
+from angelptm.engine.dtypes import NATIVE_DTYPES, TORCH_DTYPES
+from angelptm.engine.gradients import Gradients
+from angelptm.engine.leaves import UnitLeaves
+from angelptm.engine.optimizer import RULES
+from angelptm.engine.residency import Residency
+from angelptm.engine.setup import grad_precision
+from angelptm.engine.updates import Updates
+from angelptm.engine.values import Values
+from angelptm.pages import Catalogue, SlotFiles, allocate_pages, open_store
+from angelptm.plan import Plan
+from angelptm.units import ParamLayout
+
+_log = logging.getLogger("angelptm")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of. ``commits`` is None where the config has no folder for them."""
+
+    plan: Plan
+    store: native.Store
+    device: CpuDevice
+    catalogue: Catalogue
+    updates: Updates
+    commits: Commits | None
+    gradients: Gradients
+    values: Values
+    leaves: list[UnitLeaves]
+    residency: Residency
+    dtype: torch.dtype
+
+
+def assemble(
+    model: nn.Module,
+    config: Config,
+    plan: Plan,
+    durable: Durable | None,
+    slot_files: SlotFiles | None,
+    faults: native.FaultPlan | None,
+    take_gradient: Callable[[int, ParamLayout, torch.Tensor], None],
+) -> Parts:
+    """Takes all memory and disk space. ``take_gradient`` gets each gradient as it completes."""
+    dtype, grad_dtype = TORCH_DTYPES[config.precision], TORCH_DTYPES[grad_precision(config)]
+    deadline_seconds = config.io.deadline_seconds
+    store = open_store(
+        plan,
+        slot_files=slot_files,
+        backend=config.io.backend,
+        queue_depth=config.io.queue_depth,
+        direct=config.io.direct,
+        deadline_seconds=deadline_seconds,
+        faults=faults,
+    )
+    for note in store.notes:
+        _log.info("%s", note)
+    device = CpuDevice(plan.device_frames * plan.page_bytes, config.tiers.return_freed)
+    pages = allocate_pages(store, plan)
+    catalogue = Catalogue(plan, pages)
+    updates = Updates(
+        store,
+        plan,
+        pages,
+        rule=RULES[config.optimizer.type],
+        grad_dtype=NATIVE_DTYPES[grad_dtype],
+        param_dtype=NATIVE_DTYPES[dtype],
+        device_params={
+            (unit, span): device.address((unit_plan.frame_offset + span) * plan.page_bytes)
+            for unit, unit_plan in enumerate(plan.units)
+            if not pages[unit].params
+            for span in range(len(unit_plan.spans))
+        },
+        deadline_seconds=deadline_seconds,
+        name_page=catalogue.name,
+    )
+    commits = None
+    if durable is not None:
+        commits = Commits(
+            durable,
+            store,
+            plan,
+            catalogue,
+            updates,
+            device,
+            keep=config.checkpoint.keep,
+            deadline_seconds=deadline_seconds,
+        )
+    gradients = Gradients(plan, pages, store, device, grad_dtype, catalogue.name)
+    leaves = [
+        UnitLeaves(unit.layout, model, device, dtype, gradients.has, take_gradient, one_leaf=grad_dtype != dtype)
+        for unit in plan.units
+    ]
+    return Parts(
+        plan=plan,
+        store=store,
+        device=device,
+        catalogue=catalogue,
+        updates=updates,
+        commits=commits,
+        gradients=gradients,
+        values=Values(plan, pages, store, device, dtype, updates, catalogue.name),
+        leaves=leaves,
+        residency=Residency(plan, pages, store, device, leaves, updates, catalogue.name),
+        dtype=dtype,
+    )

@@ -1,0 +1,180 @@
+"""Saving and loading: what an engine is at one moment, put into a commit and taken out of one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from angelptm.checkpoint.format import Manifest
+from angelptm.checkpoint.header import Header
+from angelptm.checkpoint.reader import CommitReader
+from angelptm.config import Config
+from angelptm.engine.assembly import Parts
+from angelptm.engine.commits import buffer_space
+from angelptm.engine.optimizer import PagedOptimizer
+from angelptm.engine.restore import Restored, Restorer
+from angelptm.engine.resume import Resumed, open_commit, restore_buffers
+from angelptm.engine.setup import persistent_buffers
+from angelptm.engine.snapshot import Stateful, make_header, restore_groups, set_generator_states, state_of
+from angelptm.errors import AngelPTMError, CheckpointError
+
+_log = logging.getLogger("angelptm")
+
+
+@dataclass
+class Progress:
+    """Counters: the updates of each trainable parameter, and the optimizer steps taken."""
+
+    steps_of: dict[str, int]
+    global_step: int = 0
+
+
+class Durability:
+    """Commits an engine's state, and puts a commit's state into it. See ``Engine.save_checkpoint`` and
+    ``load_checkpoint``."""
+
+    def __init__(
+        self, parts: Parts, module: nn.Module, config: Config, optimizer: PagedOptimizer, progress: Progress
+    ) -> None:
+        self._parts = parts
+        self._module = module
+        self._config = config
+        self._optimizer = optimizer
+        self._progress = progress
+        self.resumed: Resumed | None = None
+
+    def save(
+        self,
+        save_dir: str | Path | None,
+        *,
+        client_state: Mapping[str, Any] | None,
+        scheduler: Stateful | Mapping[str, Any] | None,
+        data: Stateful | Mapping[str, Any] | None,
+        before_publish: Callable[[], None] | None,
+    ) -> None:
+        if self._parts.commits is None:
+            raise AngelPTMError(
+                "save_checkpoint: the store has no folder to commit to. Set checkpoint.folder in the config that "
+                "initialize gets, before training."
+            )
+        if save_dir is not None and Path(save_dir).resolve() != self._parts.commits.folder.resolve():
+            raise AngelPTMError(
+                f"save_checkpoint: {save_dir} is not checkpoint.folder ({self._parts.commits.folder}). A commit stays "
+                "where the pages are; `angelptm checkpoint copy` copies one to another folder or drive."
+            )
+        if any(self._parts.gradients.params_with_gradient(unit) for unit in range(len(self._parts.leaves))):
+            raise AngelPTMError(
+                "save_checkpoint: there are gradients that no step has taken. Commit after step(), or drop them with "
+                "optimizer.zero_grad()."
+            )
+        records, content = buffer_space(persistent_buffers(self._module))
+        durable = self._parts.commits.durable
+        header = make_header(
+            plan=self._parts.plan,
+            module=self._module,
+            store_id=durable.store_id,
+            files=list(zip(durable.files, self._parts.store.slot_counts)),
+            step=self._progress.global_step,
+            config_hash=self._config.hash,
+            precision=self._config.precision,
+            optimizer_type=self._config.optimizer.type,
+            param_groups=self._optimizer.param_groups,
+            steps_of=self._progress.steps_of,
+            buffers=records,
+            buffer_bytes=len(content),
+            scheduler=state_of(scheduler),
+            data=state_of(data),
+            client=state_of(client_state),
+        )
+        self._parts.commits.begin(header, content, before_publish)
+
+    def load(self, load_dir: str | Path | None, *, step: int | None, weights_only: bool) -> Resumed:
+        if load_dir is None:
+            if self._parts.commits is None:
+                raise AngelPTMError("load_checkpoint: name a folder, as the config has no checkpoint.folder")
+            load_dir = self._parts.commits.folder
+        if self._parts.commits is not None:
+            self._parts.commits.wait()
+        folders = [one.path for one in self._config.tiers.ssd]
+        with open_commit(Path(load_dir), step, self._parts.commits, folders) as (folder, manifest, reader, same_files):
+            header = manifest.header
+            pages = self._restore_pages(folder, manifest, reader, same_files=same_files, weights_only=weights_only)
+            notes = restore_buffers(self._module, reader, str(folder))
+            if self._parts.commits is not None:
+                self._parts.commits.forget_device_pages()
+                if not weights_only and folder.resolve() == self._parts.commits.folder.resolve():
+                    self._parts.commits.come_from(header.step)
+        notes += self._start_anew() if weights_only else self._go_on(header, folder)
+        for note in notes:
+            _log.warning("%s", note)
+        self.resumed = Resumed(
+            folder,
+            header.step,
+            header.data,
+            header.scheduler,
+            None if weights_only else header.optimizer.groups,
+            header.client or {},
+            header.config_hash,
+            pages,
+            tuple(notes),
+        )
+        return self.resumed
+
+    def _restore_pages(
+        self, folder: Path, manifest: Manifest, reader: CommitReader, *, same_files: bool, weights_only: bool
+    ) -> Restored:
+        parts, mine, theirs = self._parts, self._config.optimizer.type, manifest.header.optimizer.type
+        restorer = Restorer(
+            manifest,
+            reader,
+            same_files=same_files,
+            weights_only=weights_only,
+            store=parts.store,
+            plan=parts.plan,
+            catalogue=parts.catalogue,
+            values=parts.values,
+            device=parts.device,
+            dtype=parts.dtype,
+            path=str(folder),
+        )
+        if not weights_only and theirs != mine:
+            raise CheckpointError(
+                str(folder),
+                f"states of {theirs}",
+                f"those of {mine}",
+                "Set optimizer.type, or load the weights only.",
+            )
+        for unit in range(len(parts.leaves)):
+            parts.residency.expire(unit)
+        return restorer.weights() if weights_only else restorer.pages()
+
+    def _start_anew(self) -> list[str]:
+        for name in self._progress.steps_of:
+            self._progress.steps_of[name] = 0
+        self._progress.global_step = 0
+        return ["the optimizer starts anew: masters are formed from the loaded weights, moments are zero"]
+
+    def _go_on(self, header: Header, folder: Path) -> list[str]:
+        for name in self._progress.steps_of:
+            self._progress.steps_of[name] = header.optimizer.steps.get(name, 0)
+        self._progress.global_step = header.step
+        if header.rng is not None:
+            set_generator_states(header.rng, str(folder))
+        if restore_groups(self._optimizer.param_groups, header.optimizer.groups):
+            return []
+        return ["the parameter groups differ from the commit's: they keep what the config says"]
+
+    def restore_progress(self, scheduler: Stateful | None, data: Stateful | None) -> None:
+        if self.resumed is None:
+            raise AngelPTMError("restore_progress: no commit was loaded")
+        if scheduler is not None and self.resumed.scheduler is not None:
+            scheduler.load_state_dict(self.resumed.scheduler)
+            if self.resumed.groups is not None:
+                restore_groups(self._optimizer.param_groups, self.resumed.groups)
+        if data is not None and self.resumed.data is not None:
+            data.load_state_dict(self.resumed.data)
