@@ -124,6 +124,7 @@ def assert_slots_are_owned(engine: Engine) -> None:
     """Every slot in use belongs to the page table or to a commit that is kept, and to as many as it counts."""
     commits = engine._commits
     assert commits is not None
+    engine.drain()
     owned: set[tuple[int, int]] = set()
     for kept in commits._kept.values():
         if kept.store_id == commits.durable.store_id:
