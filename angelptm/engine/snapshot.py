@@ -136,7 +136,9 @@ def from_json(value: Any) -> Any:
         if value.keys() == {_FLOAT}:
             return float(value[_FLOAT])
         if value.keys() == {_ITEMS}:
-            return {tuple(key) if isinstance(key, list) else from_json(key): from_json(one) for key, one in value[_ITEMS]}
+            return {
+                tuple(key) if isinstance(key, list) else from_json(key): from_json(one) for key, one in value[_ITEMS]
+            }
         return {key: from_json(one) for key, one in value.items()}
     return [from_json(one) for one in value] if isinstance(value, (list, tuple)) else value
 

@@ -100,9 +100,7 @@ def test_lowering_keep_retires_at_the_next_commit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("placement", [SSD, HOST], ids=["ssd", "host"])
-def test_commit_that_is_held_stays_whole_and_training_goes_on_after(
-    placement: dict[str, Any], tmp_path: Path
-) -> None:
+def test_commit_that_is_held_stays_whole_and_training_goes_on_after(placement: dict[str, Any], tmp_path: Path) -> None:
     """The plan has no room for it: the next steps wait for the reader, and no slot of its commit is written to."""
     run = recorded(tmp_path)
     engine = make(tmp_path, placement=placement)
