@@ -284,7 +284,7 @@ def test_update_that_fails_fails_the_commit_that_waits_for_it(tmp_path: Path) ->
     pending = engine._commits._updates.pending
 
     class Failed:
-        def wait(self, deadline_seconds: float) -> None:
+        def wait(self, _: float) -> None:
             raise ERRORS["EIO"]
 
     train(engine, GPT2, 1, first=1)

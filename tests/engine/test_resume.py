@@ -148,7 +148,7 @@ def test_views_scalars_and_parameters_of_no_elements(tmp_path: Path) -> None:
 
 
 def test_generators_of_python_numpy_and_torch_come_back(tmp_path: Path) -> None:
-    def step(engine: Engine, index: int) -> list[torch.Tensor]:
+    def step(engine: Engine) -> list[torch.Tensor]:
         batch = PLAIN.batch(random.randrange(5) + int(np.random.randint(5)) + int(torch.randint(5, ())))
         return [*train_step(engine, [batch]), torch.tensor([random.gauss(0, 1), np.random.normal(), torch.randn(())])]
 
@@ -157,7 +157,7 @@ def test_generators_of_python_numpy_and_torch_come_back(tmp_path: Path) -> None:
             random.seed(1)
             np.random.seed(2)
             torch.manual_seed(3)
-        return [torch.cat([part.reshape(-1).double() for part in step(engine, index)])]
+        return [torch.cat([part.reshape(-1).double() for part in step(engine)])]
 
     check_resume(PLAIN.model, seeded, tmp_path)
 

@@ -55,7 +55,7 @@ class Holders:
         return used
 
     def train(self) -> None:
-        self.used()  # each page published gives its former slot back, or a commit has it: what is in flight comes on top
+        self.used()  # what is in flight comes on top; a page published gives its former slot back, or a commit has it
         self.step += 1
         self.used()
 
