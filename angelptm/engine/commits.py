@@ -21,7 +21,7 @@ import torch
 from angelptm.checkpoint.disk import Disk
 from angelptm.checkpoint.folder import CheckpointFolder
 from angelptm.checkpoint.format import Manifest
-from angelptm.checkpoint.header import BufferRecord, Header
+from angelptm.checkpoint.header import BufferRecord, Header, units_from_layouts
 from angelptm.checkpoint.records import NONE, PAGE_RECORD, Dtype, Kind
 from angelptm.checkpoint.slot_files import remove_slot_files
 from angelptm.device import Device
@@ -29,6 +29,7 @@ from angelptm.engine.updates import Updates
 from angelptm.errors import CheckpointError
 from angelptm.pages import Catalogue
 from angelptm.plan import Plan
+from io_engine.errors import IoError
 
 Slot = tuple[int, int]  # file, index in it
 
@@ -41,6 +42,7 @@ class _Cut:
     buffers: bytes
     records: np.ndarray
     tickets: Mapping[int, native.Ticket]
+    copies: int  # slots that it writes at most
     before_publish: Callable[[], None] | None
     captured: set[int] = field(default_factory=set)
     unsaved: dict[int, list[int]] = field(default_factory=dict)  # unit → positions among its pages
@@ -98,9 +100,11 @@ class Commits:
         self._changed = threading.Condition()
         self._cut: _Cut | None = None
         self._thread: threading.Thread | None = None
+        self._closed = False
         self._kept = {step: _Kept(*one) for step, one in durable.kept.items()}
         self._lineage: set[int] = set()
         """Steps of the commits that this run made or comes from; the others are of a history it left."""
+        self._replaces_left = False
         self._fixed: dict[int, tuple[int, int, int]] = {}  # frame → slot and CRC32C of a frozen page on the device
         self.seconds = 0.0
         """Wall-clock seconds of the last commit, from the call to its manifest's being durable."""
@@ -120,6 +124,7 @@ class Commits:
         self._state_slots = sum(
             store.page_home(page) == native.Home.SSD for pages in self._pages for page in pages if page is not None
         )
+        self._copied_pages = len(rows) - self._state_slots
 
     @property
     def folder(self) -> Path:
@@ -137,22 +142,29 @@ class Commits:
     def come_from(self, step: int) -> None:
         """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves."""
         self._lineage = {one for one in self._kept if one <= step}
+        self._replaces_left = False
+        self._recognise_device_pages(step)
 
     def begin(self, header: Header, buffers: bytes, before_publish: Callable[[], None] | None = None) -> None:
         """Starts a commit of the state after the last step; waits for the one before it, and raises its error.
 
         ``header`` lacks nothing but what the pages say; ``buffers`` is the content of its buffer space.
         ``before_publish`` runs on the commit's thread before the manifest appears: for records that must not be older.
+        Raises CheckpointError for a folder of another history: the run does not come from its commits, or it has gone
+        back to an earlier step by other means than loading the commit of it.
         """
         self.wait()
-        if self._kept and not self._lineage:
+        newest = self.newest()
+        if self._kept and (newest is None or newest > header.step):
             raise CheckpointError(
                 str(self.folder),
                 f"a commit of step {max(self._kept)}, which this run does not come from",
                 "a folder of this run's own commits",
                 "Load that commit first, or choose another checkpoint.folder.",
             )
-        cut = _Cut(header, buffers, self._template.copy(), self._updates.pending(), before_publish)
+        self._retire()
+        copies = self._copied_pages + -(-len(buffers) // self._plan.page_bytes)
+        cut = _Cut(header, buffers, self._template.copy(), self._updates.pending(), copies, before_publish)
         with self._changed:
             self._cut = cut
             for unit in range(len(self._pages)):
@@ -163,7 +175,8 @@ class Commits:
 
     def before_change(self, unit: int) -> None:
         """To be called when the unit's last update is waited for and its pages are about to be written to: sees to it
-        that the commit in the making has them. Raises the commit's error."""
+        that the commit in the making has them. One that has failed is passed over, since a step that has begun must
+        not end half way: the next one raises its error."""
         cut = self._cut
         if cut is None or cut.done:
             return
@@ -176,14 +189,27 @@ class Commits:
                     f"waited {self._deadline_seconds} s for the commit of step {cut.header.step} to write unit "
                     f"{self._plan.units[unit].layout.name}"
                 )
-        if cut.error is not None:
-            self.wait()
 
     def make_room(self) -> None:
-        """To be called before updates: they have no room while the slots of the last commit are not yet free."""
-        cut = self._cut
-        if cut is not None and (cut.done or self._store.slot_free_count < self._state_slots + self._slots_in_flight):
+        """To be called before updates: they have no room while the slots of the last commit are not yet free.
+
+        Raises the error of a commit that failed; CheckpointError when readers hold commits that should be gone for
+        longer than the deadline. Nothing was changed then.
+        """
+        cut, needed = self._cut, self._state_slots + self._slots_in_flight
+        if cut is not None and (cut.done or self._store.slot_free_count < needed + cut.copies):
             self.wait()
+        deadline = time.monotonic() + self._deadline_seconds
+        while self._cut is None and len(self._kept) > self._keep and self._store.slot_free_count < needed:
+            held = self._retire()
+            if held is not None and time.monotonic() > deadline:
+                raise CheckpointError(
+                    str(self.durable.folder.manifest_path(held)),
+                    f"a commit that a reader has held for {self._deadline_seconds} s",
+                    "one that can be retired, as its slots are needed",
+                    "End what reads it, or raise checkpoint.keep.",
+                )
+            time.sleep(0.01)
 
     @property
     def _slots_in_flight(self) -> int:
@@ -207,7 +233,10 @@ class Commits:
         return cut.path
 
     def close(self) -> None:
-        """Waits for the commit in the making, raises its error, and unlocks the folder."""
+        """Waits for the commit in the making, raises its error, and unlocks the folder. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self.wait()
         finally:
@@ -261,8 +290,8 @@ class Commits:
                 cut.before_publish()
             self._saver.flush()
             manifest = Manifest(cut.header, np.concatenate([cut.records, buffer_records]))
-            cut.path = self.durable.folder.publish(manifest)
-            self._retire(cut)
+            self._publish(cut, manifest)
+            self._retire()
         except BaseException as error:
             cut.error = error
             if cut.path is None:
@@ -287,6 +316,29 @@ class Commits:
             cut.slots.append((file, slot))
             record["file"], record["slot"], record["crc"], record["version"] = file, slot, crc, 1
 
+    def _recognise_device_pages(self, step: int) -> None:
+        """The copies that a commit has of frozen parameters on the device are used again, and not written anew."""
+        missing = [
+            (unit, position)
+            for unit, pages in enumerate(self._pages)
+            for position, page in enumerate(pages)
+            if page is None and self._frames[unit][position] not in self._fixed
+        ]
+        if not missing:
+            return
+        manifest = self.durable.folder.load(step)
+        header, mine = manifest.header, units_from_layouts([unit.layout for unit in self._plan.units])
+        if (header.store_id, header.page_bytes, header.units) != (self.durable.store_id, self._plan.page_bytes, mine):
+            return
+        what = ["unit", "kind", "dtype", "start", "count"]
+        copies = manifest.pages[(manifest.pages["kind"] == Kind.PARAM) & (manifest.pages["file"] != NONE)]
+        found = {one[what].item(): (int(one["file"]), int(one["slot"]), int(one["crc"])) for one in copies}
+        for unit, position in missing:
+            copy = found.get(self._template[self._first[unit] + position][what].item())
+            if copy is not None:
+                self._store.claim_slots([copy[:2]])
+                self._fixed[self._frames[unit][position]] = copy
+
     def forget_device_pages(self) -> None:
         """To be called when frozen parameters on the device were changed: the next commit writes them again."""
         self._store.release_slots([(file, slot) for file, slot, _ in self._fixed.values()])
@@ -303,19 +355,58 @@ class Commits:
             rows.append((NONE, Kind.BUFFER, Dtype.BYTES, 0, start, size, file, slot, crc, 0, 0))
         return np.array(rows, dtype=PAGE_RECORD)
 
-    def _retire(self, cut: _Cut) -> None:
-        """Enters the new commit and drops what is beyond ``keep``: left histories first, then the oldest. One that
-        another process reads stays until a later commit."""
-        step = cut.header.step
+    def _publish(self, cut: _Cut, manifest: Manifest) -> None:
+        """Makes the commit durable, and enters it in place of one of the same step."""
+        step, folder = cut.header.step, self.durable.folder
         former = self._kept.get(step)
+        try:
+            cut.path = folder.publish(manifest)
+        except BaseException:
+            if self._is_there(manifest):
+                self._take_back(cut, former)
+            raise
         self._kept[step] = _Kept(self.durable.store_id, cut.slots)
         self._lineage.add(step)
+        self._replaces_left = True
         if former is not None:
             self._let_go(former)
-        old = sorted(self._kept.keys() - {step}, key=lambda one: (one in self._lineage, one))
-        for one in old[: max(0, len(self._kept) - self._keep)]:
+
+    def _is_there(self, manifest: Manifest) -> bool:
+        """Whether a publication that ended in an error got as far as giving the manifest its name."""
+        try:
+            return self.durable.folder.manifest_path(manifest.header.step).read_bytes() == manifest.encode()
+        except (FileNotFoundError, CheckpointError):
+            return False
+        except OSError:
+            return True  # it may be
+
+    def _take_back(self, cut: _Cut, former: _Kept | None) -> None:
+        """Removes a manifest that is there, and perhaps not durable. Where that fails too it keeps its slots, as does
+        the one that it replaced: after a power cut either one may be there."""
+        step = cut.header.step
+        try:
+            removed = self.durable.folder.retire(step)
+        except IoError:
+            removed = False
+        if not removed:
+            slots = former.slots if former is not None and former.store_id == self.durable.store_id else []
+            self._kept[step] = _Kept(self.durable.store_id, cut.slots + slots)
+            cut.path = self.durable.folder.manifest_path(step)
+        elif former is not None:
+            self._let_go(self._kept.pop(step))
+
+    def _retire(self) -> int | None:
+        """Drops the commits of histories that this run has left, once it has one of its own, and of these the oldest
+        beyond ``keep``. One that another process reads stays, until a later call; returns the step of such a one."""
+        own = sorted(self._kept.keys() & self._lineage)
+        left = sorted(self._kept.keys() - self._lineage) if self._replaces_left else []
+        held = None
+        for one in [*left, *own[: max(0, len(own) - self._keep)]]:
             if self.durable.folder.retire(one):
                 self._let_go(self._kept.pop(one))
+            else:
+                held = one
+        return held
 
     def _let_go(self, kept: _Kept) -> None:
         if kept.store_id == self.durable.store_id:

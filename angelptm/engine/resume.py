@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from angelptm.checkpoint.reader import CommitReader
 from angelptm.engine.commits import Commits
 from angelptm.engine.restore import Restored
 from angelptm.engine.setup import persistent_buffers
+from angelptm.engine.snapshot import from_json
 from angelptm.errors import CheckpointError
 
 _log = logging.getLogger("angelptm")
@@ -63,10 +64,17 @@ def open_commit(
             manifest = folder.load(chosen)
             same_files = mine and own is not None and manifest.header.store_id == own.durable.store_id
             with CommitReader(manifest, [folder_path, *ssd_folders]) as reader:
-                yield folder_path, manifest, reader, same_files
+                yield folder_path, _with_states(manifest), reader, same_files
     finally:
         if not mine:
             folder.close()
+
+
+def _with_states(manifest: Manifest) -> Manifest:
+    """The manifest with what the caller gave to the commit as it was, not as JSON holds it."""
+    header = manifest.header
+    states = {name: from_json(getattr(header, name)) for name in ("scheduler", "data", "client")}
+    return replace(manifest, header=header.model_copy(update=states))
 
 
 def restore_buffers(module: nn.Module, reader: CommitReader, path: str) -> list[str]:

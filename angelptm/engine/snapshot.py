@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -78,7 +79,7 @@ def make_header(
             buffer_bytes=buffer_bytes,
             optimizer=OptimizerRecord(
                 type=optimizer_type,  # type: ignore[arg-type]
-                steps={name: count for name, count in steps_of.items() if count},
+                steps=dict(steps_of),  # zeros too: they replace what a run that goes back has counted
                 groups=tuple(
                     GroupRecord(
                         params=tuple(param.param_name for param in group["params"]),
@@ -87,13 +88,13 @@ def make_header(
                     for group in param_groups
                 ),
             ),
-            scheduler=_json(scheduler),
+            scheduler=to_json(scheduler),
             rng=generator_states(),
-            data=_json(data),
+            data=to_json(data),
             model=_model_config(module),
-            client=_json(client),
+            client=to_json(client),
         )
-    except (ValidationError, TypeError, ValueError) as error:
+    except (ValidationError, TypeError, ValueError, RecursionError) as error:
         raise AngelPTMError(
             f"checkpoint: something that JSON cannot hold in param_groups, scheduler, data or client_state: {error}"
         ) from error
@@ -113,9 +114,33 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(one) for one in value) if isinstance(value, (list, tuple)) else value
 
 
-def _json(value: dict[str, Any] | None) -> Any:
-    """What comes back when the value is written as JSON and read again."""
-    return None if value is None else json.loads(json.dumps(value, default=_plain))
+_ITEMS, _FLOAT = "angelptm.items", "angelptm.float"
+
+
+def to_json(value: Any) -> Any:
+    """What JSON can hold of a state, and ``from_json`` makes the state of again: torch's schedulers have keys that are
+    numbers (MultiStepLR) and infinities (ReduceLROnPlateau). Tuples become lists. Anything else that JSON cannot hold
+    is left as it is, for the header to refuse."""
+    value = _plain(value)
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and not value.keys() & {_ITEMS, _FLOAT}:
+            return {key: to_json(one) for key, one in value.items()}
+        return {_ITEMS: [[to_json(key), to_json(one)] for key, one in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [to_json(one) for one in value]
+    return {_FLOAT: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_FLOAT}:
+            return float(value[_FLOAT])
+        if value.keys() == {_ITEMS}:
+            return {
+                tuple(key) if isinstance(key, list) else from_json(key): from_json(one) for key, one in value[_ITEMS]
+            }
+        return {key: from_json(one) for key, one in value.items()}
+    return [from_json(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _model_config(module: nn.Module) -> Any:

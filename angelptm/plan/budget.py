@@ -431,7 +431,8 @@ def _commit_slots(budgets: Budgets, units: Sequence[UnitPlan], kind_bytes: dict[
 
     Trainable parameters are in no commit, being their masters rounded. A state page that lives on the SSD is current in
     one slot and in one more for each commit kept; the commit that is being made shares the current one. One that lives
-    on the host has a copy in each commit kept and in the one being made. Frozen parameters never change: one copy.
+    on the host has a copy in each commit kept and in the one being made; where that one fails, its copies go as those of
+    the next replace them, some at a time. Frozen parameters never change: one copy.
     """
     if budgets.commits is None:
         return 0
@@ -441,7 +442,7 @@ def _commit_slots(budgets: Budgets, units: Sequence[UnitPlan], kind_bytes: dict[
     on_host = sum(tiers["host"] for tiers in states) // budgets.page_bytes
     frozen = sum(home != "ssd" for unit in units for home in unit.frozen_homes)
     other = math.ceil(budgets.commits.other_bytes / budgets.page_bytes)
-    return keep * on_ssd + (keep + 1) * (on_host + other) + frozen
+    return keep * on_ssd + (keep + 1) * (on_host + other) + min(on_host, budgets.queue_depth) + frozen
 
 
 def _slots_in_flight(budgets: Budgets, demand: _Demand) -> int:
