@@ -42,9 +42,8 @@ class Collected:
 def collect(
     path: Path, ssd_folders: Sequence[Path], *, keep: int | None, dry_run: bool = False, disk: Disk | None = None
 ) -> Collected:
-    """Removes commits beyond the newest ``keep`` (all stay with None), what unfinished publications left, and slot
-    files of sets without a commit; and gives back slots that no commit names, which a run reserves again when it opens the
-    files.
+    """Removes commits beyond the newest ``keep`` (None keeps all), what unfinished publications left, and slot files of
+    sets without a commit; gives back slots that no commit names, which a run reserves again when it opens the files.
 
     Raises StoreLockedError while a run uses the folder; CheckpointError, with nothing changed, when a manifest does not
     decode or a slot file is missing, as what is free is not known then; IoError.

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from io import BytesIO
@@ -36,7 +37,7 @@ _NAMES = {Kind.EXP_AVG: "exp_avg", Kind.EXP_AVG_SQ: "exp_avg_sq"}
 
 def export_dcp(reader: CommitReader, folder: Path) -> list[Path]:
     """Writes ``model.<name>`` (fp32 masters, every name of a tied parameter), ``optimizer.state.<name>.exp_avg`` and so
-    on, ``optimizer.param_groups``, and ``step``, ``scheduler``, ``data`` and ``client`` as objects. Returns the files.
+    on; ``optimizer.param_groups``, ``step``, ``scheduler``, ``data`` and ``client`` as objects. Returns the files.
 
     ``folder`` must be empty or not there: it appears when it is complete. Memory: as much as one file has, 256 MiB or
     the largest tensor. Raises CheckpointError, IoError.
@@ -49,7 +50,9 @@ def export_dcp(reader: CommitReader, folder: Path) -> list[Path]:
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        save(state, storage_writer=_Writer(part), planner=_Planner(loads), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
+            save(state, storage_writer=_Writer(part), planner=_Planner(loads), no_dist=True)
         os.replace(part, folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)

@@ -44,7 +44,7 @@ def show_commits(folder: str, commits: Sequence[Mapping[str, Any]], console: Con
     if not commits:
         _say(console, f"{folder}: no commit")
         return
-    columns = ("step", "created", "pages", "bytes", "files", "version", "header")
+    columns = ("step", "created (UTC)", "pages", "bytes", "files", "format", "header")
     table = _table(folder, columns, ("step", "pages", "bytes", "files"))
     for one in commits:
         if one["error"] is not None:
@@ -66,8 +66,8 @@ def show_commits(folder: str, commits: Sequence[Mapping[str, Any]], console: Con
 
 
 def _time(created: str) -> str:
-    """To the second, in UTC as it is stored."""
-    return created[:19].replace("T", " ") + " UTC"
+    """To the second."""
+    return created[:19].replace("T", " ")
 
 
 def show_commit(facts: Mapping[str, Any], console: Console) -> None:
@@ -77,7 +77,7 @@ def show_commit(facts: Mapping[str, Any], console: Console) -> None:
     updates = f"{counters['min']} to {counters['max']}" if counters["min"] != counters["max"] else f"{counters['max']}"
     lines = {
         "step": facts["step"],
-        "created": _time(facts["created"]),
+        "created": _time(facts["created"]) + " UTC",
         "written by": f"angelptm {facts['package_version']}, format {facts['format_version']}",
         "config hash": facts["config_hash"] or "none",
         "model": facts["model_type"] or "of no library",
