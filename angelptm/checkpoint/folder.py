@@ -180,14 +180,17 @@ class CheckpointFolder:
                 self._disk.remove(path)
         return free
 
+    def unfinished(self) -> list[Path]:
+        """What unfinished publications left behind; while somebody else has the lock, also what is under way."""
+        with _io_errors("list", self._commits):
+            parts = [self._commits / name for name in os.listdir(self._commits) if name.endswith(PART_SUFFIX)]
+        parts = [part for part in parts if _MANIFEST.fullmatch(part.name.removesuffix(PART_SUFFIX))]
+        return sorted(part for part in [*parts, self.path / (STORES_NAME + PART_SUFFIX)] if os.path.lexists(part))
+
     def sweep(self) -> list[Path]:
         """Removes what unfinished publications left behind, and returns it. Files of other names stay."""
         self._assert_owner()
-        with _io_errors("list", self._commits):
-            parts = [self._commits / name for name in os.listdir(self._commits)]
-        parts = [part for part in parts if _MANIFEST.fullmatch(part.name.removesuffix(PART_SUFFIX))]
-        parts = [part for part in [*parts, self.path / (STORES_NAME + PART_SUFFIX)] if part.name.endswith(PART_SUFFIX)]
-        found = sorted(part for part in parts if os.path.lexists(part))
+        found = self.unfinished()
         for part in found:
             self._disk.remove(part)
         return found

@@ -124,18 +124,27 @@ class CommitReader:
             for buffer in self.manifest.header.buffers
         }
 
+    def stored(self) -> list[int]:
+        """Records of the pages that were written, in the order of the files, which is kindest to the drive."""
+        pages = self.manifest.pages
+        written = np.flatnonzero(pages["file"] != NONE)
+        order: list[int] = written[np.lexsort((pages["slot"][written], pages["file"][written]))].tolist()
+        return order
+
+    def checked(self, indices: Sequence[int]) -> Generator[tuple[int, CorruptPageError | IoError | None], None, None]:
+        """(record index, what is wrong with the page or None), in the order given, several being read ahead. Raises
+        IoError as ``verify`` does."""
+        return self._stream(indices, self._problem)
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[CorruptPageError | IoError]:
         """Reads every written page and lists the bad ones: other content than was written, or unreadable (EIO).
 
         ``progress`` is called with (pages done, pages) after each page. Raises IoError for what is no page's fault,
         such as a deadline.
         """
-        pages = self.manifest.pages
-        written = np.flatnonzero(pages["file"] != NONE)
-        # In the order of the files, which is kindest to the drive.
-        order = written[np.lexsort((pages["slot"][written], pages["file"][written]))].tolist()
+        order = self.stored()
         bad: list[CorruptPageError | IoError] = []
-        for done, (_, error) in enumerate(self._stream(order, self._problem), 1):
+        for done, (_, error) in enumerate(self.checked(order), 1):
             if error is not None:
                 bad.append(error)
             if progress is not None:

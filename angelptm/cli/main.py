@@ -10,6 +10,7 @@ from types import FrameType
 
 import typer
 
+from angelptm.cli.checkpoint import app as checkpoint_app
 from angelptm.cli.plan import plan
 from angelptm.cli.report import report
 from angelptm.cli.train import ResumeCommand, train
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command(cls=ResumeCommand)(train)
 app.command()(plan)
 app.command()(report)
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(io_app, name="io")
 
 EXIT_ERROR = 2

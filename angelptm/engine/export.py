@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from angelptm.checkpoint.safetensors_files import TensorEntry, write_safetensors
 from angelptm.engine.values import Values
 from angelptm.units import ParamLayout
-
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-_EXPORTED = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 class LazyState(Mapping[str, torch.Tensor]):
@@ -78,42 +62,9 @@ class LazyState(Mapping[str, torch.Tensor]):
 
 
 def export_safetensors(model: nn.Module, state: LazyState, folder: Path, max_shard_bytes: int) -> list[Path]:
-    """Writes each value once, under its first name, in files of at most ``max_shard_bytes`` (a larger tensor has a file
-    of its own), with the index that transformers reads. Files appear under their names only when all are complete;
-    those of a former export that are not among them are removed."""
+    """Writes each value once, under its first name; see ``write_safetensors``. The model's config is written too."""
     names = [name for name in state if state.first_name(name) == name]
-    shards = _shards(state, names, max_shard_bytes)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    finals = [
-        folder / (f"model-{index:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors")
-        for index in range(1, len(shards) + 1)
-    ]
-    index = folder / "model.safetensors.index.json"
-    whole = [*finals, *([index] if len(shards) > 1 else [])]
-    parts = [path.with_name(path.name + ".part") for path in whole]
-    try:
-        for path, shard in zip(parts, shards):
-            _write_file(path, state, shard)
-        if len(shards) > 1:
-            content = {
-                "metadata": {"total_size": sum(_size(state, name) for name in names)},
-                "weight_map": {name: path.name for path, shard in zip(finals, shards) for name in shard},
-            }
-            parts[-1].write_text(json.dumps(content, indent=2), encoding="utf-8")
-        for part, final in zip(parts, whole):
-            os.replace(part, final)
-    except BaseException:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-    # What a former export into this folder left would be loaded in place of these files, or mixed with them.
-    for path in folder.iterdir():
-        if _EXPORTED.fullmatch(path.name) and path not in whole:
-            path.unlink()
+    finals = write_safetensors(folder, [_entry(state, name) for name in names], max_shard_bytes)
     for attribute in ("config", "generation_config"):
         config = getattr(model, attribute, None)
         if config is not None and hasattr(config, "save_pretrained"):
@@ -121,47 +72,10 @@ def export_safetensors(model: nn.Module, state: LazyState, folder: Path, max_sha
     return finals
 
 
-def _size(state: LazyState, name: str) -> int:
+def _entry(state: LazyState, name: str) -> TensorEntry:
     shape, dtype = state.shape_and_dtype(name)
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    return size
 
+    def read() -> Iterator[Any]:
+        yield state[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-def _shards(state: LazyState, names: list[str], max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in names:
-        size = _size(state, name)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _write_file(path: Path, state: LazyState, names: list[str]) -> None:
-    """The safetensors format: the header's length in 8 bytes, the header as JSON, then the values in its order."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        shape, dtype = state.shape_and_dtype(name)
-        size = _size(state, name)
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in names:
-            value = state[name].detach().contiguous()
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    return TensorEntry(name, str(dtype).removeprefix("torch."), shape, math.prod(shape) * dtype.itemsize, read)

@@ -26,6 +26,7 @@ LAYERS: dict[str, str] = {
     "angelptm.heap": "angelptm_native",
     "angelptm.pages": "angelptm.errors angelptm.plan angelptm.units.layout angelptm_native",
     "angelptm.checkpoint": "angelptm.errors angelptm.sizes angelptm.units.layout angelptm_native io_engine",
+    "angelptm.checkpoint.dcp": "angelptm.errors angelptm.checkpoint",  # the one that knows torch
     "angelptm.device": "angelptm.errors angelptm.heap angelptm_native",
     "angelptm.data": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.config",
     "angelptm.model": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.heap angelptm.config angelptm.units "
@@ -35,8 +36,9 @@ LAYERS: dict[str, str] = {
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units angelptm.plan "
     "angelptm.data angelptm.model angelptm.engine",
     "angelptm": "angelptm.errors angelptm.config angelptm.engine angelptm.model.materialize",  # the public names
-    "angelptm.cli": "angelptm angelptm.errors angelptm.sizes angelptm.config angelptm.units angelptm.plan "
-    "angelptm.kernels angelptm.data angelptm.model angelptm.engine angelptm.train angelptm_native io_engine",
+    "angelptm.cli": "angelptm angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units "
+    "angelptm.plan angelptm.kernels angelptm.data angelptm.model angelptm.engine angelptm.train angelptm_native "
+    "io_engine",
     "io_engine": "angelptm_native",  # files, offsets and bytes: it knows no page and no unit
 }
 

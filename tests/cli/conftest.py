@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from .runs import Run, make_run
 
 SMALL = """
 tiers:
@@ -64,3 +67,17 @@ def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(text.replace("RUN", str(tmp_path / "run")))
     return path
+
+
+@pytest.fixture(scope="session", params=["fp32", "bf16"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run with commits, not to be changed."""
+    return make_run(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def run_copy(trained: Run, tmp_path: Path) -> Run:
+    """A run of one's own, to be damaged."""
+    shutil.copytree(trained.folder, tmp_path / "run")
+    shutil.copytree(trained.ssd, tmp_path / "ssd")
+    return Run(tmp_path / "run", tmp_path / "ssd", trained.export, trained.masters, trained.precision)
