@@ -110,8 +110,9 @@ void bind_store(py::module_& module) {
       .def(
           "adopt",
           [](Store& store, PageId page, std::uint32_t file, std::uint32_t index, std::uint32_t crc,
-             std::uint64_t version) { store.table().adopt(page, {file, index}, crc, version); },
-          py::arg("page"), py::arg("file"), py::arg("index"), py::arg("crc"), py::arg("version"))
+             std::uint64_t version) { store.mover().adopt(page, {file, index}, crc, version); },
+          py::arg("page"), py::arg("file"), py::arg("index"), py::arg("crc"), py::arg("version"),
+          py::call_guard<py::gil_scoped_release>())
       .def("make_saver", &Store::make_saver, py::keep_alive<0, 1>(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("page_bytes", [](Store& store) { return store.host().page_bytes(); })
       .def_property_readonly("page_count", [](Store& store) { return store.table().page_count(); })

@@ -279,6 +279,12 @@ void PageMover::discard(PageId page) {
   table_.discard(page);
 }
 
+void PageMover::adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version) {
+  std::lock_guard lock(mutex_);
+  wait_until_quiet(page);
+  table_.adopt(page, slot, crc, version);
+}
+
 void PageMover::drain() {
   std::lock_guard lock(mutex_);
   while (!writes_.empty()) reap_one();

@@ -60,10 +60,7 @@ void PageTable::publish_in_place(PageId page) {
 }
 
 std::optional<Slot> PageTable::try_reserve_slot() {
-  {
-    std::lock_guard lock(mutex_);
-    if (!stopped_because_.empty()) throw StoppedError("nothing is written any more, since " + stopped_because_);
-  }
+  expect_running();
   return ssd_.allocate();
 }
 
@@ -139,11 +136,11 @@ void PageTable::keep_saved(PageId page, Slot slot, std::uint32_t crc, std::uint6
 }
 
 void PageTable::adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version) {
-  ssd_.retain(slot);
   std::optional<Slot> former;
   {
     std::lock_guard lock(mutex_);
     PageInfo& entry = pages_.at(page);
+    ssd_.retain(slot);
     if (entry.home == Home::kHost ? entry.saved : entry.written) former = entry.slot;
     entry.slot = slot;
     entry.crc = crc;
@@ -153,6 +150,11 @@ void PageTable::adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t v
     entry.saved_version = version;
   }
   if (former) ssd_.release(*former);
+}
+
+void PageTable::expect_running() const {
+  std::lock_guard lock(mutex_);
+  if (!stopped_because_.empty()) throw StoppedError("nothing is written any more, since " + stopped_because_);
 }
 
 void PageTable::stop(const std::string& reason) {

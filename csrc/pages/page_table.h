@@ -90,6 +90,7 @@ class PageTable {
   void adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version);
   // From here on no slot is given out.
   void stop(const std::string& reason);
+  void expect_running() const;  // throws StoppedError after stop()
 
   HostPool& host() const { return host_; }
   SlotMap& ssd() const { return ssd_; }

@@ -65,8 +65,10 @@ void SlotMap::claim(const std::vector<Slot>& slots) {
   for (const Slot slot : slots)
     if (slot.file >= free_.size() || slot.index >= free_[slot.file].references.size())
       throw std::invalid_argument("no slot " + std::to_string(slot.index) + " in file " + std::to_string(slot.file));
+  const std::uint64_t used_before = used_count_;
   for (const Slot slot : slots)
     if (free_[slot.file].references[slot.index]++ == 0) ++used_count_;
+  if (used_count_ == used_before) return;  // no free slot among them: no walk over all that are free
   for (Free& free : free_) std::erase_if(free.indices, [&](std::uint32_t index) { return free.references[index] > 0; });
   peak_count_ = std::max(peak_count_, used_count_);
 }

@@ -80,6 +80,8 @@ class Spans:
         backend: native.Backend = native.Backend.THREADS,
         faults: native.FaultPlan | None = None,
         blank: bool = False,
+        keep_files: bool = False,
+        spare_slots: int = 8,
     ) -> None:
         self.rule, self.grad_dtype, self.param_dtype = rule, grad_dtype, param_dtype
         self.random, self.rng = random.Random(seed), np.random.default_rng(seed)
@@ -91,9 +93,10 @@ class Spans:
         self.store = make_store(
             folder,
             frames=live + self.ring * per_span + 4,
-            slots=(live + self.ring * per_span + 8,),
+            slots=(live + self.ring * per_span + spare_slots,),
             backend=backend,
             faults=faults,
+            keep_files=keep_files,
         )
         self.step_count = 0
         self.spans = [self._make(index, whole, *home, blank=blank) for index, home in enumerate(homes)]
