@@ -115,6 +115,23 @@ def test_forked_child_neither_has_nor_keeps_the_lock(tmp_path: Path) -> None:
         os.close(writing)
 
 
+def test_forked_child_can_take_the_lock_once_its_parent_gave_it_up(folder: CheckpointFolder) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)
+        try:
+            CheckpointFolder.open(folder.path).close()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    folder.close()
+    os.write(writing, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(reading)
+    os.close(writing)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"pid": "x"}', b"[" * 60000, b"\xff\0", b'{"pid":1,"host":"a\\n"}'])
 def test_lock_file_with_any_content_can_be_taken(tmp_path: Path, content: bytes) -> None:
     CheckpointFolder.open(tmp_path, create=True).close()
