@@ -163,6 +163,28 @@ def test_reader_that_comes_while_a_commit_is_retired_does_not_get_it(
     assert "locked for 0.05 s" in outcome[1]
 
 
+def test_reader_that_locks_a_file_whose_name_is_gone_does_not_get_it(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced between the open and the lock: the reader gets the new one. Removed: an error."""
+    path = folder.publish(tiny_commit(1, seed=1).manifest)
+    real = fcntl.flock
+    changes = [lambda: folder.publish(tiny_commit(1, seed=2).manifest), path.unlink]
+
+    def late(descriptor: int, operation: int) -> None:
+        if changes and operation & fcntl.LOCK_SH:
+            changes.pop(0)()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    unlink = changes.pop()
+    with folder.hold(1) as manifest:
+        assert manifest.header.store_id == f"{2:032x}"
+    changes.append(unlink)
+    with pytest.raises(CheckpointError, match="no such file"), folder.hold(1):
+        pass
+
+
 def test_reader_cannot_write(folder: CheckpointFolder) -> None:
     reader = CheckpointFolder.read(folder.path)
     for write in (

@@ -367,6 +367,23 @@ def test_bad_record_is_refused_by_name(kind: Kind, written: bool, change: dict[s
         Manifest(commit.manifest.header, pages).encode()
 
 
+def test_slot_beyond_the_end_of_its_file_is_refused(commit: Commit) -> None:
+    header, pages = header_json(commit.manifest), commit.manifest.pages
+    last = int(pages["slot"][pages["file"] == 0].max())
+    header["files"][0]["slot_count"] = last + 1
+    Manifest.decode(assemble(header, pages), "x")
+    header["files"][0]["slot_count"] = last
+    assert f"with slot {last}, expected less than the slot_count" in refusal(assemble(header, pages))
+
+
+def test_states_in_a_frozen_section_are_refused(commit: Commit) -> None:
+    frozen = commit.manifest.header.units[1].frozen_offset
+    extra = np.append(commit.manifest.pages, np.zeros(1, PAGE_RECORD))
+    extra[-1] = (1, Kind.MASTER, 0, 0, frozen, 10, NONE, 0, 0, 0, 0)
+    text = refusal(assemble(header_json(commit.manifest), extra))
+    assert f"page record {len(extra) - 1} with start {frozen}" in text
+
+
 @pytest.mark.parametrize("kind", [Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ, Kind.BUFFER])
 def test_missing_page_is_refused(commit: Commit, kind: Kind) -> None:
     pages = commit.manifest.pages

@@ -92,13 +92,17 @@ def test_forked_child_neither_has_nor_keeps_the_lock(tmp_path: Path) -> None:
         folder = CheckpointFolder.open(tmp_path, create=True)
         child = os.fork()
         if child == 0:
-            with pytest.raises(AssertionError, match="parent process"):
-                folder.publish(tiny_commit().manifest)
-            folder.close()  # does nothing to the parent's lock
-            os.write(writing, str(os.getpid()).encode())
-            time.sleep(60)
-            os._exit(0)
+            try:
+                with pytest.raises(AssertionError, match="parent process"):
+                    folder.publish(tiny_commit().manifest)
+                folder.close()  # does nothing to the parent's lock
+                os.write(writing, str(os.getpid()).encode())
+                time.sleep(60)
+            finally:
+                os.write(writing, b"0")  # nobody waits for a child that failed
+                os._exit(1)
         pid = os.read(reading, 20)  # the child has done all that it was to do
+        assert pid != b"0", "the child had its parent's lock"
         assert in_child(refused) == 0
         os.write(writing, pid)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -113,6 +117,23 @@ def test_forked_child_neither_has_nor_keeps_the_lock(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.close(reading)
         os.close(writing)
+
+
+def test_forked_child_can_take_the_lock_once_its_parent_gave_it_up(folder: CheckpointFolder) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)
+        try:
+            CheckpointFolder.open(folder.path).close()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    folder.close()
+    os.write(writing, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(reading)
+    os.close(writing)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"pid": "x"}', b"[" * 60000, b"\xff\0", b'{"pid":1,"host":"a\\n"}'])
