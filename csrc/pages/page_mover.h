@@ -50,7 +50,7 @@ class PageMover {
   void discard(PageId page);                    // PageTable::discard, after the page's reads and writes under way
   // PageTable::adopt, after the page's reads and writes under way: one of them would put its content over the adopted.
   void adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version);
-  void drain();                                 // returns when every write behind is published; throws the first error
+  void drain();  // returns when every write behind is published; throws the first error
 
   std::byte* address(Frame frame) const { return table_.host().address(frame); }
   io::Counters counters() const;

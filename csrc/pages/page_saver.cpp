@@ -32,12 +32,8 @@ std::uint64_t PageSaver::submit(PageId page, std::uint64_t version, std::byte* a
   const std::uint32_t crc = seal(address, used_bytes);
   const Slot slot = table_.reserve_slot();
   const std::uint64_t tag = next_tag_++;
-  const io::Transfer transfer{tag,
-                              io::Op::kWrite,
-                              static_cast<int>(slot.file),
-                              table_.ssd().offset(slot),
-                              address,
-                              transfer_bytes(used_bytes)};
+  const io::Transfer transfer{
+      tag, io::Op::kWrite, static_cast<int>(slot.file), table_.ssd().offset(slot), address, transfer_bytes(used_bytes)};
   writes_.emplace(tag, Write{page, slot, crc, version});
   try {
     engine_->submit({&transfer, 1});

@@ -55,13 +55,14 @@ class Record:
     page: Page  # as it was
     slot: Slot | None
     crc: int
+    index: int | None  # of the page in its store; None for a buffer
 
 
 @dataclass
 class Commit:
     records: list[Record]
     slots: list[Slot] = field(default_factory=list)
-    buffer: bytes = b""
+    run: int = 0
 
 
 def sectors(data: bytes) -> bytes:
@@ -76,6 +77,7 @@ class Machine(RuleBasedStateMachine):
         self.seeds = itertools.count(1)
         self.pages: list[Page] = []
         self.commits: list[Commit] = []
+        self.run = 0
         self.broken = False  # a write behind failed: until the next start the mover refuses every other one
         for path in folder.glob("*.pages"):
             path.unlink()
@@ -93,6 +95,7 @@ class Machine(RuleBasedStateMachine):
             keep_files=True,
         )
         self.saver = self.store.make_saver()
+        self.run += 1
         self.broken = False
 
     @property
@@ -137,9 +140,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(count=st.integers(2, 6), data=st.data())
     def some_pages(self, count: int, data: st.DataObject) -> None:
         for _ in range(count):
-            self.add(
-                data.draw(st.sampled_from(list((native.Home.HOST, native.Home.SSD)))), data.draw(st.sampled_from(SIZES))
-            )
+            self.add(data.draw(st.sampled_from([native.Home.HOST, native.Home.SSD])), data.draw(st.sampled_from(SIZES)))
 
     @rule(home=st.sampled_from([native.Home.HOST, native.Home.SSD]), size=st.sampled_from(SIZES))
     def add(self, home: native.Home, size: int) -> None:
@@ -218,7 +219,7 @@ class Machine(RuleBasedStateMachine):
         if len(self.commits) == COMMITS:
             self.retire(0)
         self.drain()
-        commit = Commit([])
+        commit = Commit([], run=self.run)
         everything = list(range(len(self.pages)))
         unsaved: list[int] = []
         for index, found in zip(everything, self.store.capture(everything)):
@@ -238,9 +239,8 @@ class Machine(RuleBasedStateMachine):
     def save_buffer(self, commit: Commit, size: int) -> None:
         data = content(next(self.seeds), size)
         file, slot, crc = self.saver.save_bytes(data.ctypes.data, size)
-        commit.buffer = data.tobytes()
         commit.slots.append((file, slot))
-        commit.records.append(Record(Page(native.Home.SSD, size, commit.buffer), (file, slot), crc))
+        commit.records.append(Record(Page(native.Home.SSD, size, data.tobytes()), (file, slot), crc, None))
 
     def record(
         self, commit: Commit, index: int, found: tuple[native.Captured, int, int, int, int], unsaved: list[int]
@@ -256,8 +256,7 @@ class Machine(RuleBasedStateMachine):
         if state == native.Captured.IN_SLOT:
             commit.slots.append((file, slot))
         kept = Page(page.home, page.size, page.content, page.version, page.written)
-        commit.records.append(Record(kept, (file, slot) if page.written else None, crc))
-        commit.records.sort(key=lambda one: (one.page.home.value, one.page.size))
+        commit.records.append(Record(kept, (file, slot) if page.written else None, crc, index))
 
     @precondition(lambda self: self.commits)
     @rule(which=st.integers(0, 99))
@@ -283,21 +282,35 @@ class Machine(RuleBasedStateMachine):
             self.store.claim_slots(commit.slots)
         self.pages = []
         for record in self.commits[-1].records if self.commits else ():
-            page = record.page
-            index = self.store.add_page(page.home, page.size)
-            again = Page(page.home, page.size, page.content, page.version, page.written)
-            self.pages.append(again)
-            if record.slot is None:
-                again.version = 0
-                continue
-            if page.home == native.Home.HOST:
-                again.saved_in = record.slot
-                view(self.store.home_address(index), page.size)[:] = memoryview(self.pread(record.slot, page.size))
-                self.store.publish_in_place(index)
-            self.store.adopt(index, *record.slot, record.crc, page.version)
-            again.written = True
+            index = self.store.add_page(record.page.home, record.page.size)
+            assert index == len(self.pages)
+            self.pages.append(Page(record.page.home, record.page.size, bytes(record.page.size)))
+            self.adopt(record, index)
         named = {slot for commit in self.commits for slot in commit.slots}
         assert self.store.slot_used_count == len(named), "what no commit names is free"
+
+    @precondition(lambda self: any(commit.run == self.run for commit in self.commits))
+    @rule(which=st.integers(0, 99))
+    def go_back(self, which: int) -> None:
+        """Without an end of the process: a commit's content takes the place of what came after it."""
+        chosen = [commit for commit in self.commits if commit.run == self.run]
+        for record in chosen[which % len(chosen)].records:
+            if record.index is not None:
+                self.adopt(record, record.index)
+
+    def adopt(self, record: Record, index: int) -> None:
+        page, former = self.pages[index], record.page
+        if record.slot is None:
+            if page.home == native.Home.SSD:
+                self.discard(index)
+            return
+        if page.home == native.Home.HOST:
+            view(self.store.home_address(index), page.size)[:] = memoryview(self.pread(record.slot, page.size))
+            self.store.publish_in_place(index)
+            page.saved_in = record.slot
+        self.store.adopt(index, *record.slot, record.crc, former.version)
+        page.content, page.version, page.written, page.coming = former.content, former.version, True, None
+        self.observe()
 
     # What holds after every step.
 

@@ -1,4 +1,4 @@
-"""Bytes that change on the disk are met as CorruptPageError by whoever reads them, and nothing is written after that."""
+"""Bytes that changed on the disk are met as CorruptPageError by whoever reads them; nothing is written after that."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import angelptm_native as native
 import numpy as np
 import pytest
+import torch
 
 from angelptm.checkpoint.folder import CheckpointFolder
 from angelptm.checkpoint.format import Manifest
@@ -23,8 +24,8 @@ from angelptm.checkpoint.records import NONE, Kind, content_bytes, extent_bytes
 from angelptm.engine import Engine
 from angelptm.errors import AngelPTMError, CheckpointError, CorruptPageError
 
-from ..engine.models import GPT2, loss_of
-from ..engine.training import batches_of, tight_config, train
+from ..engine.models import GPT2
+from ..engine.training import batches_of, tight_config, train, train_step
 from ..update.harness import DEADLINE, SSD, Spans, hypers_of
 from .pool import PAGE, content, load, make_store, view, write
 
@@ -192,11 +193,10 @@ def test_update_and_load_meet_the_corrupt_page_of_each_kind(tmp_path: Path, back
     path = tmp_path / f"{file}.pages"
     flip(path, start + 777)
     before, used = hashes(tmp_path), spans.store.slot_used_count
+    # An update does not read PARAM.
+    meet = (lambda: load(spans.store, [page])) if kind == "PARAM" else (lambda: update(spans, 1).wait(DEADLINE))
     with pytest.raises(CorruptPageError) as caught:
-        if kind == "PARAM":  # an update writes it only
-            load(spans.store, [page])
-        else:
-            update(spans, 1).wait(DEADLINE)
+        meet()
     expect_facts(caught.value, page, path, start, crc)
     for index in (0, 1, 2):
         with pytest.raises((CorruptPageError, native.StoppedError), match=f"page {page} "):
@@ -241,27 +241,25 @@ def corrupt(engine: Engine, kind: str) -> tuple[int, str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_stops_with_the_name_of_what_is_corrupt(tmp_path: Path, kind: str) -> None:
     engine = committing_engine(tmp_path, gradient_accumulation_steps=2)
-    train(engine, GPT2, 2)
+
+    def train_through(batches: list[dict[str, torch.Tensor]]) -> None:
+        train_step(engine, batches)
+        engine.drain()
+
+    train(engine, GPT2, 1)
     engine.save_checkpoint(wait=True)
-    first, second = batches_of(GPT2, engine.config, 2)
-    loss = loss_of(engine(**first))
-    engine.backward(loss)
-    engine.step()
-    engine.drain()
+    first, second = batches_of(GPT2, engine.config, 1)
+    train_through([first])
     page, name = corrupt(engine, kind)
     with pytest.raises(CorruptPageError) as caught:
-        loss = loss_of(engine(**second))
-        engine.backward(loss)
-        engine.step()
-        engine.drain()
+        train_through([second])
     assert (caught.value.page, caught.value.parameter) == (page, name)
     assert re.fullmatch(rf"{kind} of \S+\[\d+:\d+\]( and \d+ more)?", name)
     assert "angelptm checkpoint verify" in str(caught.value)
     before = hashes(tmp_path)
     for _ in range(2):
         with pytest.raises((AngelPTMError, native.StoppedError)):
-            train(engine, GPT2, 1)
-            engine.drain()
+            train_through(batches_of(GPT2, engine.config, 3))
     assert hashes(tmp_path) == before
     with contextlib.suppress(AngelPTMError, native.StoppedError):
         engine.close()

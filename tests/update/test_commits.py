@@ -1,4 +1,4 @@
-"""The updater beside commits: slots that a commit pins are not written to, and what a crash tore is not computed with."""
+"""The updater beside commits: no slot that one pins is written to, and nothing that a crash tore is computed with."""
 
 from __future__ import annotations
 
