@@ -43,7 +43,7 @@ class ExportDtype(str, Enum):
 
 
 CommitPath = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or a checkpoint folder.")]
-Step = Annotated[int | None, typer.Option("--step", min=0, help="Which commit.  [the newest]")]
+Step = Annotated[int | None, typer.Option("--step", min=0, help="Which commit; by default the newest.")]
 Ssd = Annotated[
     list[Path] | None,
     typer.Option("--ssd", metavar="FOLDER", help="A folder of tiers.ssd, where slot files are. Repeatable."),
@@ -153,7 +153,7 @@ def export(
         Format, typer.Option("--format", help="dcp: torch.distributed.checkpoint, with optimizer states.")
     ] = Format.safetensors,
     dtype: Annotated[
-        ExportDtype | None, typer.Option("--dtype", help="Of parameters in safetensors.  [as-trained]")
+        ExportDtype | None, typer.Option("--dtype", help="Of parameters in safetensors; by default as-trained.")
     ] = None,
     max_shard: Annotated[
         str, typer.Option("--max-shard", metavar="SIZE", help="Bytes of one safetensors file.")
@@ -226,7 +226,7 @@ def copy(
 @app.command()
 def gc(
     path: CommitPath,
-    keep: Annotated[int | None, typer.Option("--keep", min=1, help="Newest commits to keep.  [all]")] = None,
+    keep: Annotated[int | None, typer.Option("--keep", min=1, help="Newest commits to keep; by default all.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     ssd: Ssd = None,
     json: Json = False,

@@ -135,7 +135,7 @@ def _show_params(params: Sequence[Mapping[str, Any]], console: Console) -> None:
     for one in params:
         tied = [name for name in one["names"] if name != one["name"]]
         table.add_row(
-            _text(one["name"] + "".join(f"\n= {name}" for name in tied).replace("\n", " ")),
+            Text("\n").join([_text(one["name"]), *(_text(f"= {name}") for name in tied)]),
             "×".join(map(str, one["shape"])) or "scalar",
             _text(one["unit"] or "(root)"),
             "frozen" if one["updates"] is None else str(one["updates"]),

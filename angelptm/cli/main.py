@@ -11,6 +11,7 @@ from types import FrameType
 import typer
 
 from angelptm.cli.checkpoint import app as checkpoint_app
+from angelptm.cli.checkpoint_tables import printable
 from angelptm.cli.plan import plan
 from angelptm.cli.report import report
 from angelptm.cli.train import ResumeCommand, train
@@ -44,7 +45,8 @@ def main() -> None:
     try:
         app()
     except (AngelPTMError, OSError, MemoryError) as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        text = "\n".join(map(printable, str(error).splitlines())) or type(error).__name__
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
 
 
