@@ -117,12 +117,13 @@ def report(found: list[tuple[str, Case, Outcome]]) -> list[dict[str, Any]]:
 
 
 def report_failures(found: list[tuple[str, Case, Outcome]], broken: str | None) -> list[dict[str, str]]:
+    """Prints and returns them."""
     failures = []
     for _, case, outcome in found:
         if outcome.failure:
             command = f"python tools/crash_test.py --case '{case}'" + (f" --break {broken}" if broken else "")
             failures.append({"case": outcome.case, "failure": outcome.failure[:2000], "command": command})
-            print(f"seed {case.seed}: {outcome.failure}\n    {command}")
+            print(f"seed {case.seed}: {outcome.failure[-600:]}\n    {command}")
     return failures
 
 

@@ -135,8 +135,13 @@ class Commits:
         return max(self._lineage & self._kept.keys(), default=None)
 
     def come_from(self, step: int) -> None:
-        """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves."""
+        """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves.
+
+        To be called before pages are filled from it: a run that was killed between a commit and the retirement of the
+        one before has left one too many, for which the plan has no slots.
+        """
         self._lineage = {one for one in self._kept if one <= step}
+        self._drop_old(step)
 
     def begin(self, header: Header, buffers: bytes, before_publish: Callable[[], None] | None = None) -> None:
         """Starts a commit of the state after the last step; waits for the one before it, and raises its error.
@@ -145,6 +150,7 @@ class Commits:
         ``before_publish`` runs on the commit's thread before the manifest appears: for records that must not be older.
         """
         self.wait()
+        self._drop_old(self.newest())
         if self._kept and not self._lineage:
             raise CheckpointError(
                 str(self.folder),
@@ -184,6 +190,8 @@ class Commits:
         cut = self._cut
         if cut is not None and (cut.done or self._store.slot_free_count < self._state_slots + self._slots_in_flight):
             self.wait()
+        if self._cut is None:
+            self._drop_old(self.newest())  # the one that a reader held, if there was one
 
     @property
     def _slots_in_flight(self) -> int:
@@ -304,14 +312,20 @@ class Commits:
         return np.array(rows, dtype=PAGE_RECORD)
 
     def _retire(self, cut: _Cut) -> None:
-        """Enters the new commit and drops what is beyond ``keep``: left histories first, then the oldest. One that
-        another process reads stays until a later commit."""
+        """Enters the new commit and drops what is beyond ``keep``."""
         step = cut.header.step
         former = self._kept.get(step)
         self._kept[step] = _Kept(self.durable.store_id, cut.slots)
         self._lineage.add(step)
         if former is not None:
             self._let_go(former)
+        self._drop_old(step)
+
+    def _drop_old(self, step: int | None) -> None:
+        """Drops what is beyond ``keep``, but not ``step``: left histories first, then the oldest. One that another
+        process reads stays until a later call. No commit is in the making, or this is its thread."""
+        if step is None:
+            return  # a folder of somebody else's commits
         old = sorted(self._kept.keys() - {step}, key=lambda one: (one in self._lineage, one))
         for one in old[: max(0, len(self._kept) - self._keep)]:
             if self.durable.folder.retire(one):

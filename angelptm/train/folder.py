@@ -48,6 +48,8 @@ class RunFolder:
         self._disk.sync_names(self.path)
         if (self.path / "result.json").exists():
             self._disk.remove(self.path / "result.json")
+        for left in self.tokens.glob(".tokens-*"):
+            left.unlink(missing_ok=True)  # unfinished, by a process that was killed: this one's are complete by now
         self._write("config.yaml", config.resolved_yaml())
         self._write("plan.json", json.dumps(plan, indent=2))
         former = self._former_lines(resumed_step) if resumed_step is not None else []

@@ -9,13 +9,15 @@ from angelptm.config import Config
 
 STEPS = 12
 
+# Few slots in flight, so that those of a commit too many are missed at once.
+_TIGHT = {"update": {"threads": 1, "ring_depth": 1}, "io": {"queue_depth": 1}}
 _SSD = {"placement": {"param": "ssd", "grad": "ssd", "states": "ssd"}}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "ssd": {**_SSD, "checkpoint": {"every": 1, "keep": 1}},
+    "ssd": {**_SSD, **_TIGHT, "checkpoint": {"every": 1, "keep": 1}},
     "ssd-keep2": {**_SSD, "checkpoint": {"every": 2, "keep": 2}, "folders": 2},
     "bf16": {**_SSD, "checkpoint": {"every": 2, "keep": 1}, "precision": "bf16", "gradient_accumulation_steps": 2},
-    "half": {"placement": {"param": "host", "states": 0.5}, "checkpoint": {"every": 1, "keep": 1}},
+    "half": {**_TIGHT, "placement": {"param": "host", "states": 0.5}, "checkpoint": {"every": 1, "keep": 1}},
     "host": {"placement": {"param": "host", "states": "host"}, "checkpoint": {"every": 2, "keep": 2}},
     "no-ssd": {"placement": {"states": "host"}, "checkpoint": {"every": 1, "keep": 1}, "folders": 0},
 }
