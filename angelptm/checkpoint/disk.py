@@ -50,8 +50,7 @@ class Disk:
         try:
             try:
                 self._write(descriptor, part, content)
-                with self._operation("sync_file", part):
-                    os.fsync(descriptor)
+                self.sync(descriptor, part)
             finally:
                 os.close(descriptor)
             with self._operation("rename", path):
@@ -66,6 +65,23 @@ class Disk:
         """Removes a file's name for good. Raises IoError, also when there is none."""
         self._unlink(path)
         self._sync_folder(path.parent)
+
+    def sync(self, descriptor: int, path: Path) -> None:
+        """Returns when what was written to the open file ``path`` is durable. Raises IoError."""
+        with self._operation("sync_file", path):
+            os.fsync(descriptor)
+
+    def sync_names(self, folder: Path) -> None:
+        """Makes durable what was made by other means: files and folders in ``folder``, itself, and folders above it.
+
+        Goes up as far as this process could have made something, and not to another file system. Raises IoError.
+        """
+        for path in (folder := folder.resolve(), *folder.parents):
+            if not os.access(path, os.R_OK | os.W_OK):
+                return
+            self._sync_folder(path)
+            if os.path.ismount(path):
+                return
 
     def make_folder(self, path: Path) -> None:
         """Makes a folder and the missing ones above it; one that is there is left as it is. Raises IoError."""

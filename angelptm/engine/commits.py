@@ -140,7 +140,11 @@ class Commits:
         return max(self._lineage & self._kept.keys(), default=None)
 
     def come_from(self, step: int) -> None:
-        """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves."""
+        """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves.
+
+        To be called before pages are filled from it: a run that was killed between a commit and the retirement of the
+        one before has left one too many, for which the plan has no slots.
+        """
         self._lineage = {one for one in self._kept if one <= step}
         self._replaces_left = False
         self._recognise_device_pages(step)

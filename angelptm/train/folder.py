@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
+from angelptm.checkpoint.disk import Disk
 from angelptm.config import Config
 from angelptm.errors import ConfigError
 
@@ -17,9 +18,11 @@ class RunFolder:
     ``checkpoint/`` where commits are made.
 
     Until ``keep`` is called the folder is on trial: ``discard`` removes what this object made, and nothing else.
+    Afterwards files are replaced whole, and what a commit must not be newer than survives a power cut.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, disk: Disk | None = None) -> None:
+        self._disk = disk or Disk()
         self.path = path.absolute()
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.kept = False
@@ -42,7 +45,11 @@ class RunFolder:
         """The run starts: records what it is, and opens the metrics. A run that goes on after ``resumed_step`` keeps
         the lines up to that step, which are returned; what was recorded of later steps will happen again."""
         self.kept = True
-        (self.path / "result.json").unlink(missing_ok=True)
+        self._disk.sync_names(self.path)
+        if (self.path / "result.json").exists():
+            self._disk.remove(self.path / "result.json")
+        for left in self.tokens.glob(".tokens-*"):
+            left.unlink(missing_ok=True)  # unfinished, by a process that was killed: this one's are complete by now
         self._write("config.yaml", config.resolved_yaml())
         self._write("plan.json", json.dumps(plan, indent=2))
         former = self._former_lines(resumed_step) if resumed_step is not None else []
@@ -75,7 +82,7 @@ class RunFolder:
     def sync(self) -> None:
         """Returns when the lines recorded so far survive a power cut."""
         if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+            self._disk.sync(self._metrics.fileno(), self.path / "metrics.jsonl")
 
     def finish(self, result: dict[str, Any]) -> None:
         self._write("result.json", json.dumps(result, indent=2))
@@ -100,6 +107,4 @@ class RunFolder:
                 break  # Something else has been put there meanwhile.
 
     def _write(self, name: str, text: str) -> None:
-        part = self.path / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path / name)
+        self._disk.publish(self.path / name, text.encode())

@@ -29,13 +29,22 @@ from angelptm.train.stop import StopRequest, stop_on_signals
 _PROMPT_TOKENS = 48
 
 
-def train(config: Config, reporter: Reporter, *, resume: bool = False, resume_from: Path | None = None) -> RunResult:
+def train(
+    config: Config,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    resume_from: Path | None = None,
+    faults: Any = None,
+    disk: Disk | None = None,
+) -> RunResult:
     """Trains as configured and returns the figures; the run folder has them too.
 
     With ``resume`` the run in ``run_dir`` goes on from its newest commit, or starts where it has none yet. With
     ``resume_from``, a run folder or checkpoint folder, it goes on from that one's newest commit, in the same folder
     when the config names no other ``run_dir``. Raises ConfigError, CapacityError, DataError or CheckpointError before
     anything is allocated, and leaves nothing behind then; NonFiniteError when the loss stops being a number.
+    ``faults``, a native FaultPlan, and ``disk`` are for tests, as Engine has them.
     """
     _require_training(config)
     config, source = choose_folders(config, resume, resume_from)
@@ -47,9 +56,9 @@ def train(config: Config, reporter: Reporter, *, resume: bool = False, resume_fr
     _require_fit(model, config)
     plan_of(*lay_out(model, config), config, buffer_bytes_of(model))  # refuses here, before anything is touched
     assert config.run_dir is not None
-    folder = RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir, disk)
     try:
-        return _train(model, config, folder, source, reporter)
+        return _train(model, config, folder, source, reporter, faults, disk)
     except KeyboardInterrupt:
         reporter.end()
         reporter.say(f"stopped; what happened until then is in {folder.path}" if folder.kept else "stopped")
@@ -80,14 +89,22 @@ def _require_fit(model: Any, config: Config) -> None:
         )
 
 
-def _train(model: Any, config: Config, folder: RunFolder, source: Path | None, reporter: Reporter) -> RunResult:
+def _train(
+    model: Any,
+    config: Config,
+    folder: RunFolder,
+    source: Path | None,
+    reporter: Reporter,
+    faults: Any,
+    disk: Disk | None,
+) -> RunResult:
     with reporter.working("reading the data") as tick:
         training, validation = open_dataset(
             config.data, config.training.seed, folder.tokens, _vocabulary(model), progress=tick
         )
         training.batch(0)  # tokens that do not fit the model mostly show at once
     with reporter.working("filling the pages" if source is None else f"resuming from {source}"):
-        engine = Engine(model, config, resume=source)
+        engine = Engine(model, config, resume=source, faults=faults, disk=disk)
     result = RunResult(
         model=config.model.preset or str(getattr(model.config, "model_type", type(model).__name__)),
         parameters=sum(unit.layout.numel for unit in engine.plan.units),
