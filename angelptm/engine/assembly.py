@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import angelptm_native as native
 import torch
@@ -66,6 +67,9 @@ def assemble(
         deadline_seconds=deadline_seconds,
         faults=faults,
     )
+    if durable is not None:
+        for folder, _, _ in plan.ssd_slots_by_path:
+            durable.disk.sync_names(Path(folder))  # a commit is worth nothing without its slot files
     for note in store.notes:
         _log.info("%s", note)
     device = CpuDevice(plan.device_frames * plan.page_bytes, config.tiers.return_freed)

@@ -148,6 +148,7 @@ class Commits:
         self._lineage = {one for one in self._kept if one <= step}
         self._replaces_left = False
         self._recognise_device_pages(step)
+        self._retire()
 
     def begin(self, header: Header, buffers: bytes, before_publish: Callable[[], None] | None = None) -> None:
         """Starts a commit of the state after the last step; waits for the one before it, and raises its error.
@@ -174,7 +175,8 @@ class Commits:
             for unit in range(len(self._pages)):
                 if unit not in cut.tickets:
                     self._capture(cut, unit)
-        self._thread = threading.Thread(target=self._make, args=(cut,), name="angelptm-commit", daemon=True)
+        # No daemon: a commit that was begun completes also when the program ends without close().
+        self._thread = threading.Thread(target=self._make, args=(cut,), name="angelptm-commit")
         self._thread.start()
 
     def before_change(self, unit: int) -> None:
@@ -205,6 +207,7 @@ class Commits:
             self.wait()
         deadline = time.monotonic() + self._deadline_seconds
         while self._cut is None and len(self._kept) > self._keep and self._store.slot_free_count < needed:
+            self._replaces_left = True  # a later commit that the run has left keeps slots that it needs now
             held = self._retire()
             if held is not None and time.monotonic() > deadline:
                 raise CheckpointError(

@@ -103,12 +103,13 @@ class Durability:
         folders = [one.path for one in self._config.tiers.ssd]
         with open_commit(Path(load_dir), step, self._parts.commits, folders) as (folder, manifest, reader, same_files):
             header = manifest.header
+            commits = self._parts.commits
+            if commits is not None:
+                commits.forget_device_pages()
+                if not weights_only and folder.resolve() == commits.folder.resolve():
+                    commits.come_from(header.step)
             pages = self._restore_pages(folder, manifest, reader, same_files=same_files, weights_only=weights_only)
             notes = restore_buffers(self._module, reader, str(folder))
-            if self._parts.commits is not None:
-                self._parts.commits.forget_device_pages()
-                if not weights_only and folder.resolve() == self._parts.commits.folder.resolve():
-                    self._parts.commits.come_from(header.step)
         notes += self._start_anew() if weights_only else self._go_on(header, folder)
         for note in notes:
             _log.warning("%s", note)

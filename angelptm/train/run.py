@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from angelptm.checkpoint.disk import Disk
 from angelptm.config import Config
 from angelptm.data import TokenBatches, open_dataset, open_tokenizer
 from angelptm.engine import Engine
