@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import io_engine
 from angelptm.checkpoint import copying
 from angelptm.checkpoint.copying import MARKER_NAME, copy_commit
 from angelptm.checkpoint.disk import Disk
@@ -102,6 +103,39 @@ def test_memory_is_two_rings_of_pages_however_many_there_are(tmp_path: Path, mon
         )
     assert copy(tmp_path).copied_pages > 60
     assert len(made) <= 2 * copying.DEPTH
+
+
+@pytest.mark.usefixtures("source")
+def test_pages_and_the_name_of_their_file_are_durable_before_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Watch:
+        def before(self, operation: str, path: Path) -> None: ...
+
+        def after(self, operation: str, path: Path) -> None:
+            events.append(f"{operation} {path.name}")
+
+    fsync, sync = os.fsync, io_engine.Engine.sync
+
+    def seen_fsync(descriptor: int) -> None:
+        files = any((tmp_path / "copy").glob("*.pages"))
+        events.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name} {'with' if files else 'no'} file")
+        fsync(descriptor)
+
+    def seen_sync(engine: io_engine.Engine, deadline_seconds: float) -> None:
+        assert engine.counters.written_bytes > 0
+        events.append("pages")
+        sync(engine, deadline_seconds)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(io_engine.Engine, "sync", seen_sync)
+    copy(tmp_path, disk=Disk(Watch()))
+    manifest = events.index("rename step-000000000007.manifest")
+    assert events.index("rename COPYING") < events.index("fsync copy with file") < manifest
+    assert events.index("pages") < manifest < events.index("remove COPYING")
+    assert events.index("rename COPYING") < events.index("pages")
 
 
 class Killer(Disk):
