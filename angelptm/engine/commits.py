@@ -142,13 +142,12 @@ class Commits:
     def come_from(self, step: int) -> None:
         """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves.
 
-        To be called before pages are filled from it: a run that was killed between a commit and the retirement of the
-        one before has left one too many, for which the plan has no slots.
+        To be called before pages are filled from it. A run that was killed between a commit and the retirement of the
+        one before has left one too many: it goes with the next commit, or when its slots are needed.
         """
         self._lineage = {one for one in self._kept if one <= step}
         self._replaces_left = False
         self._recognise_device_pages(step)
-        self._retire()
 
     def begin(self, header: Header, buffers: bytes, before_publish: Callable[[], None] | None = None) -> None:
         """Starts a commit of the state after the last step; waits for the one before it, and raises its error.

@@ -95,6 +95,7 @@ class Engine:
         """Puts the parts to work on the module."""
         self._store, self._device, self._updates = parts.store, parts.device, parts.updates
         self._gradients, self._values, self._commits = parts.gradients, parts.values, parts.commits
+        self._catalogue = parts.catalogue
         self._leaves, self._residency = parts.leaves, parts.residency
         if self.config.gradient_checkpointing:
             checkpoint_blocks(self.module, structure)

@@ -64,7 +64,7 @@ def test_training_equals_that_of_an_engine_made_of_the_weights(
     assert (folder, client) == (tmp_path / "source", {"kept": 1})
     assert engine.resumed is not None
     assert any("starts anew" in note and "moments are zero" in note for note in engine.resumed.notes)
-    assert (engine.global_step, set(engine._steps_of.values())) == (0, {0})
+    assert (engine.global_step, set(engine._progress.steps_of.values())) == (0, {0})
     masters, values = engine.state_dict(master=True), engine.state_dict()
     for name, value in weights.items():
         if name != "transformer.wpe.weight":
