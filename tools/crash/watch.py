@@ -45,7 +45,7 @@ def end_process() -> NoReturn:
 class SmallWrites(Disk):
     """A manifest takes several writes, so that the process can end between two."""
 
-    WRITE_BYTES = 4096
+    WRITE_BYTES = 16 << 10
 
 
 class Watch:
