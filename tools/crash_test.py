@@ -103,8 +103,10 @@ def run_all(pool: Any, planned: list[Planned], *, until_failure: bool = False) -
     found: list[Found] = []
     for one in pool.imap(_run, planned):
         found.append(one)
-        if one[-1].failure and until_failure:
-            break
+        if one[-1].failure:
+            print(f"{one[-1].case}: {one[-1].failure[:300]}", file=sys.stderr)
+            if until_failure:
+                break
         if len(found) % 100 == 0:
             print(f"{len(found)} of {len(planned)} cases", file=sys.stderr)
     return found

@@ -1,4 +1,4 @@
-"""Looks on while a run makes its commits, notes what it has promised so far, and ends the process where it is told to."""
+"""Looks on while a run makes its commits, notes what it has promised so far, and ends the process where told to."""
 
 from __future__ import annotations
 
