@@ -7,7 +7,7 @@ newest; the completed run has to have the same losses, masters, moments, files a
 With power cuts, what was not flushed is lost besides, as chance has it.
 
     python tools/crash_test.py                                   # 200 kills and 200 power cuts, and more at one commit
-    python tools/crash_test.py --small                           # some of each
+    python tools/crash_test.py --small --prove                   # some of each, and whether broken rules are noticed
     python tools/crash_test.py --case 'ssd/kill/17/write:45'     # one again: variant, mode, seed, kills in a row
 
 Exits with 1 if a promise was broken; each broken one is printed with the command that repeats it.
@@ -44,7 +44,12 @@ from crash.variants import VARIANTS, write_corpus  # noqa: E402
 
 from io_engine.machine import machine_facts  # noqa: E402
 
+Planned = tuple[int, str, Case, str | None]  # number, which moments, case, broken rule
+Found = tuple[str, Case, Outcome]
+
 SMALL_KILLS = 6
+MAX_UNNOTICED = 12
+"""Cases after which a broken rule counts as not noticed."""
 ALL_MOMENTS = ("ssd", "half", "no-ssd")
 """Variants that are killed at every moment of one commit in the large form."""
 
@@ -68,8 +73,8 @@ def cases_of(arguments: argparse.Namespace, references: dict[str, Reference]) ->
 class Runner:
     """Runs cases in processes that have imported everything and started no thread."""
 
-    def __init__(self, folder: Path, broken: str | None) -> None:
-        self.folder, self.broken = folder, broken
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.corpus = folder / "corpus"
         write_corpus(self.corpus)
         self.references: dict[str, Reference] = {}
@@ -77,10 +82,10 @@ class Runner:
     def reference(self, variant: str) -> Reference:
         return run_reference(variant, self.folder / f"reference-{variant}", self.corpus)
 
-    def run(self, numbered: tuple[int, str, Case]) -> tuple[str, Case, Outcome]:
-        number, why, case = numbered
-        reference = self.references[case.variant]
-        return why, case, run_case(case, reference, self.folder / f"case-{number}", self.corpus, self.broken)
+    def run(self, planned: Planned) -> Found:
+        number, why, case, broken = planned
+        folder = self.folder / f"case-{number}"
+        return why, case, run_case(case, self.references[case.variant], folder, self.corpus, broken)
 
 
 _runner: Runner
@@ -90,11 +95,41 @@ def _reference(variant: str) -> Reference:
     return _runner.reference(variant)
 
 
-def _run(numbered: tuple[int, str, Case]) -> tuple[str, Case, Outcome]:
-    return _runner.run(numbered)
+def _run(planned: Planned) -> Found:
+    return _runner.run(planned)
 
 
-def report(found: list[tuple[str, Case, Outcome]]) -> list[dict[str, Any]]:
+def run_all(pool: Any, planned: list[Planned], *, until_failure: bool = False) -> list[Found]:
+    found: list[Found] = []
+    for one in pool.imap(_run, planned):
+        found.append(one)
+        if one[-1].failure:
+            print(f"{one[-1].case}: {one[-1].failure[:300]}", file=sys.stderr)
+            if until_failure:
+                break
+        if len(found) % 100 == 0:
+            print(f"{len(found)} of {len(planned)} cases", file=sys.stderr)
+    return found
+
+
+def prove(pool: Any, first: int) -> dict[str, int]:
+    """Breaks each rule in turn. Cases until it was noticed, by its name; 0 where it never was."""
+    reference = _runner.references["ssd"]
+    noticed = {}
+    for name in BROKEN:
+        noticed[name] = 0
+        cases = [*around_a_commit("ssd", True, reference, 0, MIDDLE)][:MAX_UNNOTICED]
+        for count, case in enumerate(cases, 1):
+            first += 1
+            *_, outcome = pool.apply(_run, ((first, "proof", case, name),))
+            if outcome.failure:
+                noticed[name] = count
+                break
+        print(f"{name:24} " + (f"noticed after {noticed[name]} cases" if noticed[name] else "NOT NOTICED"))
+    return noticed
+
+
+def report(found: list[Found]) -> list[dict[str, Any]]:
     """Prints a row for each variant, mode and kind of kill, and what failed."""
     rows: dict[tuple[str, ...], list[Outcome]] = defaultdict(list)
     for why, case, outcome in found:
@@ -116,7 +151,7 @@ def report(found: list[tuple[str, Case, Outcome]]) -> list[dict[str, Any]]:
     return result
 
 
-def report_failures(found: list[tuple[str, Case, Outcome]], broken: str | None) -> list[dict[str, str]]:
+def report_failures(found: list[Found], broken: str | None) -> list[dict[str, str]]:
     """Prints and returns them."""
     failures = []
     for _, case, outcome in found:
@@ -144,6 +179,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--case", action="append", type=Case.parse, help="only this one")
     parser.add_argument("--break", dest="broken", choices=list(BROKEN), help="break a rule first: it must be noticed")
     parser.add_argument("--until-failure", action="store_true", help="stop at the first failure")
+    parser.add_argument("--prove", action="store_true", help="break each rule in turn as well: all must be noticed")
     parser.add_argument("--jobs", type=int, default=2, help="cases at the same time")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the runs write")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -159,30 +195,23 @@ def main() -> int:
     prepare()
     start = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="crash-test-", dir=arguments.folder))
-    _runner = Runner(folder, arguments.broken)
+    _runner = Runner(folder)
     chosen = arguments.variant or list(VARIANTS)
     if arguments.case:
         chosen = list(dict.fromkeys(case.variant for case in arguments.case))
     context = multiprocessing.get_context("fork")
-    with context.Pool(arguments.jobs, maxtasksperchild=None) as pool:
+    with context.Pool(arguments.jobs) as pool:
         _runner.references = dict(zip(chosen, pool.map(_reference, chosen)))
-    planned = (
-        [("repeated", case) for case in arguments.case]
-        if arguments.case
-        else list(cases_of(arguments, _runner.references))
-    )
-    numbered = [(number, why, case) for number, (why, case) in enumerate(planned)]
-    found = []
+    repeated = [("repeated", case) for case in arguments.case or ()]
+    cases = enumerate(repeated or list(cases_of(arguments, _runner.references)))
+    planned: list[Planned] = [(number, why, case, arguments.broken) for number, (why, case) in cases]
     with context.Pool(arguments.jobs) as pool:  # forked now, so that it has the references
-        for one in pool.imap(_run, numbered):
-            found.append(one)
-            if one[-1].failure and arguments.until_failure:
-                break
-            if len(found) % 100 == 0:
-                print(f"{len(found)} of {len(numbered)} cases, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        found = run_all(pool, planned, until_failure=arguments.until_failure)
+        noticed = prove(pool, len(planned)) if arguments.prove else {}
     rows = report(found)
     failures = report_failures(found, arguments.broken)
-    print(f"{time.perf_counter() - start:.0f} s")
+    seconds = round(time.perf_counter() - start, 1)
+    print(f"{seconds} s")
     if failures:
         print(f"what the failed runs left is in {folder}")
     else:
@@ -192,12 +221,13 @@ def main() -> int:
             "machine": machine(arguments.folder),
             "date": date.today().isoformat(),
             "seed": arguments.seed,
-            "seconds": round(time.perf_counter() - start, 1),
+            "seconds": seconds,
             "results": rows,
             "failures": failures,
+            "cases_until_broken_rule_was_noticed": noticed,
         }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    return int(bool(failures))
+    return int(bool(failures) or not all(noticed.values()))
 
 
 if __name__ == "__main__":

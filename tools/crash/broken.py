@@ -8,6 +8,7 @@ from typing import Any
 
 from angelptm.checkpoint.disk import Disk
 from angelptm.engine.commits import Commits
+from angelptm.train.folder import RunFolder
 
 
 def _manifest_before_data() -> None:
@@ -32,12 +33,24 @@ def _manifest_before_data() -> None:
 
 
 def _unsynced_manifest() -> None:
-    """A small file is renamed into place before its content is flushed; nor are the metrics ever."""
+    """A small file is renamed into place before its content is flushed."""
+
+    sync = Disk.sync
 
     def broken(self: Disk, descriptor: int, path: Path) -> None:
-        del self, descriptor, path
+        if ".manifest" not in path.name:
+            sync(self, descriptor, path)
 
     Disk.sync = broken  # type: ignore[method-assign]
+
+
+def _unsynced_metrics() -> None:
+    """A commit appears before the metrics of its steps are flushed."""
+
+    def broken(self: RunFolder) -> None:
+        del self
+
+    RunFolder.sync = broken  # type: ignore[method-assign]
 
 
 def _unsynced_names() -> None:
@@ -68,6 +81,7 @@ def _forgotten_generators() -> None:
 BROKEN: dict[str, Callable[[], None]] = {
     "manifest-before-data": _manifest_before_data,
     "unsynced-manifest": _unsynced_manifest,
+    "unsynced-metrics": _unsynced_metrics,
     "unsynced-names": _unsynced_names,
     "unsynced-retirement": _unsynced_retirement,
     "forgotten-generators": _forgotten_generators,

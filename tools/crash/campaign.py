@@ -1,4 +1,4 @@
-"""Which cases: every primitive operation around one commit, every write inside it, and random ones over the whole run."""
+"""Which cases: every operation around one commit, every write inside it, and random ones over the whole run."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from crash.power_cut import cut_power, names_in
 from crash.variants import config_of
 from crash.watch import METRICS, Kill
 
+
 class BrokenPromiseError(Exception):
     """What was found, and what should have been."""
 

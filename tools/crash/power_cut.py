@@ -1,4 +1,4 @@
-"""What a power cut takes of a run's files: io_engine.power_cut does the slots and what Disk publishes, this the rest."""
+"""What a power cut takes of a run's files: io_engine.power_cut does slots and what Disk publishes, this the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runs that are killed: a GPT-2 of two blocks on a few kilobytes of text, with everything that a commit must hold."""
+"""The runs that are killed: a GPT-2 of two blocks on some kilobytes of text, with all that a commit must hold."""
 
 from __future__ import annotations
 

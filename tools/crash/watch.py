@@ -1,4 +1,4 @@
-"""Looks on while a run makes its commits, notes what it has promised so far, and ends the process where it is told to."""
+"""Looks on while a run makes its commits, notes what it has promised so far, and ends the process where told to."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def end_process() -> NoReturn:
 class SmallWrites(Disk):
     """A manifest takes several writes, so that the process can end between two."""
 
-    WRITE_BYTES = 4096
+    WRITE_BYTES = 16 << 10
 
 
 class Watch:
