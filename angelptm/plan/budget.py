@@ -431,8 +431,8 @@ def _commit_slots(budgets: Budgets, units: Sequence[UnitPlan], kind_bytes: dict[
 
     Trainable parameters are in no commit, being their masters rounded. A state page that lives on the SSD is current in
     one slot and in one more for each commit kept; the commit that is being made shares the current one. One that lives
-    on the host has a copy in each commit kept and in the one being made; where that one fails, its copies go as those of
-    the next replace them, some at a time. Frozen parameters never change: one copy.
+    on the host has a copy in each commit kept and in the one being made; where that one fails, its copies stay until
+    those of the next replace them, some at a time. Frozen parameters never change: one copy.
     """
     if budgets.commits is None:
         return 0

@@ -84,17 +84,20 @@ def assert_continues(engine: Engine, step: Step, run: Recorded, first: int) -> N
 
 def committed(folder: Path, step: int, folders: Sequence[Path] = ()) -> dict[tuple[str, str], np.ndarray]:
     """All states of a commit as its reader sees them, every page against its CRC."""
-    with CheckpointFolder.read(folder) as opened, opened.hold(step) as manifest:
-        with CommitReader(manifest, [folder, *folders]) as reader:
-            assert reader.verify() == []
-            kinds = {int(kind) for kind in manifest.pages["kind"]} - {Kind.PARAM, Kind.BUFFER}
-            return {
-                (param.name, Kind(kind).name): reader.read(param.name, Kind(kind)).copy()
-                for unit in manifest.header.units
-                for param in unit.params
-                if param.trainable
-                for kind in kinds
-            }
+    with (
+        CheckpointFolder.read(folder) as opened,
+        opened.hold(step) as manifest,
+        CommitReader(manifest, [folder, *folders]) as reader,
+    ):
+        assert reader.verify() == []
+        kinds = {int(kind) for kind in manifest.pages["kind"]} - {Kind.PARAM, Kind.BUFFER}
+        return {
+            (param.name, Kind(kind).name): reader.read(param.name, Kind(kind)).copy()
+            for unit in manifest.header.units
+            for param in unit.params
+            if param.trainable
+            for kind in kinds
+        }
 
 
 def assert_committed(folder: Path, step: int, masters: dict[str, torch.Tensor], folders: Sequence[Path] = ()) -> None:

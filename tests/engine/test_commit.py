@@ -64,12 +64,15 @@ def recorded(folder: Path) -> Recorded:
     return _recorded[0]
 
 
-def exact_config(folder: Path, keep: int, placement: dict[str, Any]) -> Config:
+def exact_config(
+    folder: Path, keep: int, placement: dict[str, Any], like: nn.Module | None = None, **keys: Any
+) -> Config:
     """The SSD tier has as many slots as the plan says, and not one more."""
+    like = like or model()
     if placement is NO_SSD:
-        return config_of(model(), folder, keep=keep, ssd=False)
-    config = config_of(model(), folder, keep=keep, placement=placement)
-    slots = plan_of(*lay_out(model(), config), config, buffer_bytes_of(model())).ssd_slots
+        return config_of(like, folder, keep=keep, ssd=False)
+    config = config_of(like, folder, keep=keep, placement=placement, **keys)
+    slots = plan_of(*lay_out(like, config), config, buffer_bytes_of(like)).ssd_slots
     ssd = [config.tiers.ssd[0].model_copy(update={"size": slots * config.page_size})]
     return config.model_copy(update={"tiers": config.tiers.model_copy(update={"ssd": ssd})})
 
@@ -125,6 +128,10 @@ class Late:
         time.sleep(0.05)
         self._saver.save(pages)
 
+    def flush(self) -> None:
+        time.sleep(0.5)
+        self._saver.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._saver, name)
 
@@ -150,6 +157,43 @@ def test_pages_that_are_changed_in_place_are_captured_before(placement: dict[str
     assert_slots_are_owned(engine)
     engine.close()
     assert under_way > 0, "a step was taken while a commit was being made"
+
+
+def test_updates_leave_room_for_the_copies_of_a_commit_in_the_making(tmp_path: Path) -> None:
+    """More states on the host than on the SSD: the slots for their copies would be enough for the updates as well."""
+    built, states = GPT2.model(n_layer=6), {"param": "ssd", "grad": "ssd", "states": 0.6}
+    narrow = {"update": {"threads": 1, "ring_depth": 1}, "io": {"queue_depth": 1}}
+    engine = Engine(built, exact_config(tmp_path, 1, states, built, **narrow))
+    assert engine._commits is not None
+    engine._commits._saver = Late(engine._commits._saver)
+    for index in range(3):
+        train(engine, GPT2, 1, first=index)
+        engine.save_checkpoint()
+    engine.drain()
+    masters = {name: value.clone() for name, value in engine.state_dict(master=True).items()}
+    engine._commits.wait()
+    assert_committed(tmp_path / "run", 3, masters, [tmp_path / "pages"])
+    engine.close()
+
+
+def test_frozen_parameters_on_the_device_are_written_once_for_all_runs_of_a_folder(tmp_path: Path) -> None:
+    frozen = GPT2.model()
+    frozen.transformer.wte.weight.requires_grad_(False)  # type: ignore[union-attr]
+    config = config_of(frozen, tmp_path, placement={"param": "device", "grad": "ssd", "states": "ssd"})
+    engine = Engine(frozen, config)
+    assert engine._commits is not None
+    engine.save_checkpoint(wait=True)
+    assert engine._commits.written_bytes > 0
+    engine.close()
+    again = GPT2.model()
+    again.transformer.wte.weight.requires_grad_(False)  # type: ignore[union-attr]
+    engine = Engine(again, config, resume=tmp_path / "run")
+    train(engine, GPT2, 1)
+    engine.save_checkpoint(wait=True)
+    assert engine._commits is not None
+    assert engine._commits.written_bytes == 0
+    assert_slots_are_owned(engine)
+    engine.close()
 
 
 def test_parameter_written_by_hand_is_in_the_next_commit_and_not_in_the_one_being_made(tmp_path: Path) -> None:
