@@ -29,7 +29,6 @@ from angelptm.engine.updates import Updates
 from angelptm.errors import CheckpointError
 from angelptm.pages import Catalogue
 from angelptm.plan import Plan
-from io_engine.errors import IoError
 
 Slot = tuple[int, int]  # file, index in it
 
@@ -392,7 +391,7 @@ class Commits:
         step = cut.header.step
         try:
             removed = self.durable.folder.retire(step)
-        except IoError:
+        except Exception:  # the first error is the one to tell; this one says that the manifest may be there still
             removed = False
         if not removed:
             slots = former.slots if former is not None and former.store_id == self.durable.store_id else []

@@ -33,7 +33,7 @@ from .models import GPT2
 from .training import batches_of, tight_config, train, train_step
 
 STEPS = 5
-SLOW = native.FaultPlan(seed=4, delay=1.0, delay_seconds=0.004)
+SLOW = native.FaultPlan(seed=4, delay=1.0, delay_seconds=0.002)
 MOSTLY_HOST = {"param": "ssd", "grad": "ssd", "states": 0.8}
 NO_SSD = {"param": "auto"}
 
@@ -161,7 +161,7 @@ def test_pages_that_are_changed_in_place_are_captured_before(placement: dict[str
 
 def test_updates_leave_room_for_the_copies_of_a_commit_in_the_making(tmp_path: Path) -> None:
     """More states on the host than on the SSD: the slots for their copies would be enough for the updates as well."""
-    built, states = GPT2.model(n_layer=6), {"param": "ssd", "grad": "ssd", "states": 0.6}
+    built, states = GPT2.model(n_layer=6), {"param": "device", "grad": "host", "states": 0.75}
     narrow = {"update": {"threads": 1, "ring_depth": 1}, "io": {"queue_depth": 1}}
     engine = Engine(built, exact_config(tmp_path, 1, states, built, **narrow))
     assert engine._commits is not None
