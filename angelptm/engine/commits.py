@@ -137,8 +137,8 @@ class Commits:
     def come_from(self, step: int) -> None:
         """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves.
 
-        To be called before pages are filled from it: a run that was killed between a commit and the retirement of the
-        one before has left one too many, for which the plan has no slots.
+        A run that was killed between a commit and the retirement of the one before has left one too many, and the plan
+        has no slots for that. It goes once the pages are filled, so that a newest commit that is damaged is not alone.
         """
         self._lineage = {one for one in self._kept if one <= step}
         self._drop_old(step)

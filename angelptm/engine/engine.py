@@ -454,14 +454,14 @@ class Engine:
                     f"those of {self.config.optimizer.type}",
                     "Set optimizer.type, or load the weights only.",
                 )
-            if self._commits is not None and not weights_only and folder.resolve() == self._commits.folder.resolve():
-                self._commits.come_from(header.step)
             for unit in range(len(self._leaves)):
                 self._residency.expire(unit)
             pages = restorer.weights() if weights_only else restorer.pages()
             notes = restore_buffers(self.module, reader, str(folder))
             if self._commits is not None:
                 self._commits.forget_device_pages()
+                if not weights_only and folder.resolve() == self._commits.folder.resolve():
+                    self._commits.come_from(header.step)
         if weights_only:
             self._steps_of = dict.fromkeys(self._steps_of, 0)
             self.global_step = 0
