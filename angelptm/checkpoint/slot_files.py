@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from angelptm.checkpoint.disk import Disk
-from angelptm.checkpoint.folder import CheckpointFolder
+from angelptm.checkpoint.folder import STORES_NAME, CheckpointFolder
 
 _NAME = re.compile(r"angelptm-([0-9a-f]{32})-(\d{1,4})\.pages")
 
@@ -33,8 +33,8 @@ def slot_files_in(folder: Path, store_id: str) -> list[Path]:
 
 def slot_file_bytes(checkpoint_folder: Path, folders: Sequence[Path]) -> list[int]:
     """Disk space in each folder that slot files of a checkpoint folder's own sets take now."""
-    if not checkpoint_folder.is_dir():
-        return [0] * len(folders)
+    if not (checkpoint_folder / STORES_NAME).is_file():
+        return [0] * len(folders)  # there is no such folder, or what made it was killed before it had a store
     with CheckpointFolder.read(checkpoint_folder) as found:
         ids = found.store_ids()
     return [

@@ -141,8 +141,8 @@ class Commits:
     def come_from(self, step: int) -> None:
         """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves.
 
-        To be called before pages are filled from it. A run that was killed between a commit and the retirement of the
-        one before has left one too many: it goes with the next commit, or when its slots are needed.
+        A run that was killed between a commit and the retirement of the one before has left one too many: it goes with
+        the next commit, or when its slots are needed, so that a newest commit that is damaged is not alone till then.
         """
         self._lineage = {one for one in self._kept if one <= step}
         self._replaces_left = False
@@ -416,8 +416,10 @@ class Commits:
     def _let_go(self, kept: _Kept) -> None:
         if kept.store_id == self.durable.store_id:
             self._store.release_slots(kept.slots)
-        elif all(other.store_id != kept.store_id for other in self._kept.values()):
-            remove_slot_files(kept.store_id, self.durable.folders, self.durable.disk)
+            return
+        last = all(other.store_id != kept.store_id for other in self._kept.values())
+        # What is not found is in a folder that the config does not name now: the id stays known.
+        if last and remove_slot_files(kept.store_id, self.durable.folders, self.durable.disk):
             self.durable.folder.forget_store_id(kept.store_id)
 
 

@@ -17,8 +17,8 @@ from angelptm.config import Config
 from angelptm.engine.assembly import Parts
 from angelptm.engine.commits import buffer_space
 from angelptm.engine.optimizer import PagedOptimizer
-from angelptm.engine.restore import Restored, Restorer
-from angelptm.engine.resume import Resumed, open_commit, restore_buffers
+from angelptm.engine.restore import Restorer
+from angelptm.engine.resume import Resumed, check_buffers, open_commit, restore_buffers
 from angelptm.engine.setup import persistent_buffers
 from angelptm.engine.snapshot import Stateful, make_header, restore_groups, set_generator_states, state_of
 from angelptm.errors import AngelPTMError, CheckpointError
@@ -93,7 +93,15 @@ class Durability:
         )
         self._parts.commits.begin(header, content, before_publish)
 
-    def load(self, load_dir: str | Path | None, *, step: int | None, weights_only: bool) -> Resumed:
+    def load(
+        self,
+        load_dir: str | Path | None,
+        *,
+        step: int | None,
+        weights_only: bool,
+        before_change: Callable[[], None],
+    ) -> Resumed:
+        """``before_change`` is called when nothing is left that could refuse the commit."""
         if load_dir is None:
             if self._parts.commits is None:
                 raise AngelPTMError("load_checkpoint: name a folder, as the config has no checkpoint.folder")
@@ -103,13 +111,18 @@ class Durability:
         folders = [one.path for one in self._config.tiers.ssd]
         with open_commit(Path(load_dir), step, self._parts.commits, folders) as (folder, manifest, reader, same_files):
             header = manifest.header
+            restorer = self._restorer(folder, manifest, reader, same_files=same_files, weights_only=weights_only)
+            notes = check_buffers(self._module, header, str(folder))
+            before_change()
             commits = self._parts.commits
             if commits is not None:
                 commits.forget_device_pages()
                 if not weights_only and folder.resolve() == commits.folder.resolve():
                     commits.come_from(header.step)
-            pages = self._restore_pages(folder, manifest, reader, same_files=same_files, weights_only=weights_only)
-            notes = restore_buffers(self._module, reader, str(folder))
+            for unit in range(len(self._parts.leaves)):
+                self._parts.residency.expire(unit)
+            pages = restorer.weights() if weights_only else restorer.pages()
+            restore_buffers(self._module, reader)
         notes += self._start_anew() if weights_only else self._go_on(header, folder)
         for note in notes:
             _log.warning("%s", note)
@@ -126,11 +139,19 @@ class Durability:
         )
         return self.resumed
 
-    def _restore_pages(
+    def _restorer(
         self, folder: Path, manifest: Manifest, reader: CommitReader, *, same_files: bool, weights_only: bool
-    ) -> Restored:
+    ) -> Restorer:
+        """Refuses a commit of another model or optimizer."""
         parts, mine, theirs = self._parts, self._config.optimizer.type, manifest.header.optimizer.type
-        restorer = Restorer(
+        if not weights_only and theirs != mine:
+            raise CheckpointError(
+                str(folder),
+                f"states of {theirs}",
+                f"those of {mine}",
+                "Set optimizer.type, or load the weights only.",
+            )
+        return Restorer(
             manifest,
             reader,
             same_files=same_files,
@@ -143,16 +164,6 @@ class Durability:
             dtype=parts.dtype,
             path=str(folder),
         )
-        if not weights_only and theirs != mine:
-            raise CheckpointError(
-                str(folder),
-                f"states of {theirs}",
-                f"those of {mine}",
-                "Set optimizer.type, or load the weights only.",
-            )
-        for unit in range(len(parts.leaves)):
-            parts.residency.expire(unit)
-        return restorer.weights() if weights_only else restorer.pages()
 
     def _start_anew(self) -> list[str]:
         for name in self._progress.steps_of:

@@ -31,8 +31,8 @@ def open_durable(path: Path, ssd_folders: Sequence[Path], plan: Plan, disk: Disk
         manifests = {step: folder.load(step) for step in folder.commits()}
         live = {manifest.header.store_id for manifest in manifests.values()}
         for store_id in set(folder.store_ids()) - live:
-            remove_slot_files(store_id, folders, disk)
-            folder.forget_store_id(store_id)
+            if remove_slot_files(store_id, folders, disk):
+                folder.forget_store_id(store_id)  # else they are in a folder that the config does not name now
         reused = _reusable(manifests, plan)
         if reused is not None:
             store_id, counts = reused

@@ -189,6 +189,8 @@ class Engine:
 
     def _take_step(self) -> None:
         """Hands all gradients to the updater, in the order in which the next forward needs the units."""
+        if self._commits is not None:
+            self._commits.make_room()  # first, since it may raise an error after which the step can be tried again
         start = time.perf_counter()
         self._micro_step = 0
         max_norm = self._max_norm if self._max_norm is not None else self.config.gradient_clipping
@@ -204,8 +206,6 @@ class Engine:
         if max_norm is not None:
             self.grad_norm = self._gradients.norm()
             grad_scale = min(1.0, max_norm / (self.grad_norm + 1e-6))
-        if self._commits is not None:
-            self._commits.make_room()
         group_of = {
             param.param_name: index
             for index, group in enumerate(self.optimizer.param_groups)
@@ -309,13 +309,15 @@ class Engine:
 
         ``load_dir``: a checkpoint folder or a run folder, this run's own if None; ``step`` which commit, the newest if
         None. Page size, tiers and budgets may differ from those of the run that made it. With ``weights_only`` the
-        masters are formed from the commit's values and the optimizer starts anew, counters, moments and groups.
+        masters are formed from the commit's values and the optimizer starts anew: counters and moments are zero, the
+        groups keep the options that they have.
         ``engine.resumed`` says the rest. Raises CheckpointError, with nothing changed, for a commit of another model,
         and CorruptPageError for a damaged one.
         """
         self.drain()
-        self._drop_gradients()
-        resumed = self._durability.load(load_dir, step=step, weights_only=weights_only)
+        resumed = self._durability.load(
+            load_dir, step=step, weights_only=weights_only, before_change=self._drop_gradients
+        )
         if not weights_only:
             self.restore_progress(scheduler=scheduler, data=data)
         return resumed.path, resumed.client_state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,15 +13,13 @@ from torch import nn
 
 from angelptm.checkpoint.folder import CheckpointFolder, locate
 from angelptm.checkpoint.format import Manifest
-from angelptm.checkpoint.header import GroupRecord
+from angelptm.checkpoint.header import GroupRecord, Header
 from angelptm.checkpoint.reader import CommitReader
 from angelptm.engine.commits import Commits
 from angelptm.engine.restore import Restored
 from angelptm.engine.setup import persistent_buffers
 from angelptm.engine.snapshot import from_json
 from angelptm.errors import CheckpointError
-
-_log = logging.getLogger("angelptm")
 
 
 @dataclass(frozen=True)
@@ -77,25 +74,27 @@ def _with_states(manifest: Manifest) -> Manifest:
     return replace(manifest, header=header.model_copy(update=states))
 
 
-def restore_buffers(module: nn.Module, reader: CommitReader, path: str) -> list[str]:
-    """Copies the commit's buffers into the model's; returns sentences about those that have no counterpart."""
+def check_buffers(module: nn.Module, header: Header, path: str) -> list[str]:
+    """Refuses buffers of another shape or type than the model's; returns sentences about those without counterpart."""
     mine = persistent_buffers(module)
     notes = []
-    for name, (dtype, shape, content) in reader.buffers().items():
-        target = mine.pop(name, None)
+    for record in header.buffers:
+        target = mine.pop(record.name, None)
         if target is None:
-            notes.append(f"the commit's buffer {name} is not in the model")
-            continue
-        if tuple(target.shape) != tuple(shape) or str(target.dtype) != f"torch.{dtype}":
+            notes.append(f"the commit's buffer {record.name} is not in the model")
+        elif tuple(target.shape) != record.shape or str(target.dtype) != f"torch.{record.dtype}":
             raise CheckpointError(
                 path,
-                f"buffer {name} {dtype}{tuple(shape)}",
+                f"buffer {record.name} {record.dtype}{record.shape}",
                 f"{target.dtype}{tuple(target.shape)}, as the model has it",
             )
-        raw = torch.frombuffer(bytearray(content), dtype=torch.uint8) if len(content) else torch.empty(0)
-        if len(content):
-            target.copy_(raw.view(target.dtype).reshape(target.shape))
-    notes += [f"the model's buffer {name} is not in the commit, and keeps its value" for name in mine]
-    for note in notes:
-        _log.warning("%s", note)
-    return notes
+    return [*notes, *(f"the model's buffer {name} is not in the commit, and keeps its value" for name in mine)]
+
+
+def restore_buffers(module: nn.Module, reader: CommitReader) -> None:
+    """Copies the commit's buffers into the model's."""
+    mine = persistent_buffers(module)
+    for name, (_, _, content) in reader.buffers().items():
+        if name in mine and content:
+            target = mine[name]
+            target.copy_(torch.frombuffer(bytearray(content), dtype=target.dtype).reshape(target.shape))

@@ -16,6 +16,11 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from angelptm.checkpoint.checksum import crc32c
+from angelptm.checkpoint.folder import CheckpointFolder
+from angelptm.checkpoint.format import Manifest, manifest_name
+from angelptm.checkpoint.reader import CommitReader
+from angelptm.checkpoint.records import Kind
 from angelptm.data import max_token, open_tokenizer
 from angelptm.data.batches import TokenBatches
 from angelptm.data.cache import cached_tokens
@@ -24,10 +29,12 @@ from angelptm.data.megatron import open_megatron
 from angelptm.data.nanogpt import open_nanogpt
 from angelptm.data.tokenize import ByteTokenizer
 from angelptm.data.tokens import TokenSource
-from angelptm.errors import ConfigError, DataError
+from angelptm.errors import CheckpointError, ConfigError, DataError
 from angelptm.model.materialize import materialize, source_of
 from angelptm.model.sources import SafetensorsValues
+from io_engine import IoError
 
+from ..checkpoint.builder import Commit, make_commit
 from .mutations import Field, Files
 
 OUTSIDE = "outside"
@@ -344,4 +351,65 @@ class WeightsFolder(Target):
         return True
 
 
-TARGETS: list[Target] = [NanoGpt(), Megatron(), Cache(), TokenizerJson(), Safetensors(), WeightsFolder()]
+def _decode_with_its_checksum(content: bytes) -> None:
+    """Decodes a manifest whose last 4 bytes are made right, so that damage gets past them."""
+    body = content[:-4]
+    manifest = Manifest.decode(body + crc32c(body).to_bytes(4, "little"), "manifest")
+    for unit in manifest.header.units:
+        for param in unit.params:
+            manifest.find(param.name, Kind.MASTER)
+    manifest.encode()
+
+
+@functools.cache
+def _commits() -> tuple[Commit, ...]:
+    return (make_commit(), make_commit(precision="bf16", optimizer="lion"))
+
+
+class Checkpoint(Target):
+    """A folder of commits with its slot files: listed, read and verified."""
+
+    name = "checkpoint"
+    allowed: tuple[type[BaseException], ...] = (CheckpointError, IoError)
+    suite_count = 800
+
+    def seeds(self) -> list[Files]:
+        return [self._files(commit) for commit in _commits()]
+
+    def _files(self, commit: Commit) -> Files:
+        with tempfile.TemporaryDirectory() as work:
+            commit.write_files(Path(work))
+            found: Files = {path.name: path.read_bytes() for path in Path(work).iterdir()}
+        stores = {"format_version": 1, "store_ids": [commit.manifest.header.store_id]}
+        found["stores.json"] = json.dumps(stores).encode()
+        return {**found, "manifest": commit.manifest.encode()}
+
+    def outside(self) -> Files:
+        return self._files(_commits()[0])
+
+    def run(self, folder: Path) -> bool:
+        (folder / "commits").mkdir(exist_ok=True)
+        if (folder / "manifest").is_symlink() or (folder / "manifest").is_file():
+            (folder / "manifest").rename(folder / "commits" / manifest_name(_commits()[0].manifest.header.step))
+        with CheckpointFolder.read(folder) as opened:
+            opened.store_ids()
+            with opened.hold() as manifest, CommitReader(manifest, [folder], deadline_seconds=5) as reader:
+                reader.buffers()
+                return not reader.verify()
+
+
+TARGETS: list[Target] = [
+    NanoGpt(),
+    Megatron(),
+    Cache(),
+    TokenizerJson(),
+    Safetensors(),
+    WeightsFolder(),
+    Content(
+        name="manifest",
+        parse=_decode_with_its_checksum,
+        content_seeds=lambda: [commit.manifest.encode() for commit in _commits()],
+        allowed=(CheckpointError,),
+    ),
+    Checkpoint(),
+]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from angelptm.checkpoint.disk import Disk
+from angelptm.checkpoint.slot_files import slot_file_bytes
 from angelptm.config import Config
 from angelptm.train.folder import RunFolder
 
@@ -69,6 +70,13 @@ def test_metrics_and_their_name_are_durable_when_sync_returns(tmp_path: Path, co
     folder.sync()
     assert order.done[-1] == "sync_file metrics.jsonl"
     folder.close()
+
+
+def test_checkpoint_folder_whose_making_was_interrupted_takes_no_space(tmp_path: Path) -> None:
+    """Every start asks for it before it makes what is missing."""
+    for made in (".", "commits"):
+        (tmp_path / "checkpoint" / made).mkdir(parents=True, exist_ok=True)
+        assert slot_file_bytes(tmp_path / "checkpoint", [tmp_path]) == [0]
 
 
 def test_unfinished_token_files_of_a_killed_run_are_removed(tmp_path: Path, config: Config) -> None:
