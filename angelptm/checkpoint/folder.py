@@ -332,7 +332,7 @@ def _read_all(descriptor: int, path: Path, max_bytes: int) -> bytes:
     if size > max_bytes:
         raise CheckpointError(str(path), f"{size} bytes", f"{max_bytes} or less")
     with _io_errors("read", path), os.fdopen(os.dup(descriptor), "rb") as file:
-        return file.read(max_bytes + 1)
+        return file.read(size + 1)  # not max_bytes: the buffer is made as large as what is asked for
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:

@@ -167,6 +167,6 @@ def _may_open(path: Any, mode: Any, inside: str) -> bool:
     if isinstance(path, int):
         return True
     real = os.path.realpath(os.fsdecode(path))
-    if real.startswith(inside) or real in _DEVICES:
+    if f"{real}/".startswith(inside) or real in _DEVICES:
         return True
     return real.startswith(_READABLE) and (mode is None or not set("wax+") & set(str(mode)))

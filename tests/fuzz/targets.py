@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -373,6 +374,7 @@ class Checkpoint(Target):
     allowed: tuple[type[BaseException], ...] = (CheckpointError, IoError)
     suite_count = 800
 
+    @functools.cache  # noqa: B019
     def seeds(self) -> list[Files]:
         return [self._files(commit) for commit in _commits()]
 
@@ -388,9 +390,17 @@ class Checkpoint(Target):
         return self._files(_commits()[0])
 
     def run(self, folder: Path) -> bool:
-        (folder / "commits").mkdir(exist_ok=True)
-        if (folder / "manifest").is_symlink() or (folder / "manifest").is_file():
-            (folder / "manifest").rename(folder / "commits" / manifest_name(_commits()[0].manifest.header.step))
+        name = manifest_name(_commits()[0].manifest.header.step)
+        (folder / "commits").mkdir()
+        try:
+            if os.path.lexists(folder / "manifest"):
+                (folder / "manifest").rename(folder / "commits" / name)
+            return self._read(folder)
+        finally:
+            (folder / "commits" / name).unlink(missing_ok=True)
+            (folder / "commits").rmdir()
+
+    def _read(self, folder: Path) -> bool:
         with CheckpointFolder.read(folder) as opened:
             opened.store_ids()
             with opened.hold() as manifest, CommitReader(manifest, [folder], deadline_seconds=5) as reader:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from angelptm.errors import DataError
+from angelptm.errors import AngelPTMError, CheckpointError, DataError
 
 from .campaign import run_campaign
 from .guard import Guard
@@ -43,11 +43,18 @@ def read_outside(folder: Path) -> None:
     (folder.parent / "secret").open().close()
 
 
+class Unspoken(DataError, CheckpointError):
+    """What every target may raise."""
+
+    def __init__(self) -> None:
+        AngelPTMError.__init__(self, "unspoken")
+
+
 def read_outside_and_say_nothing(_: Path) -> None:
     try:
         Path("/etc/passwd").read_bytes()
     except BaseException:
-        raise DataError("x", "y", "z") from None
+        raise Unspoken from None
 
 
 def hang(_: Path) -> None:
@@ -63,7 +70,7 @@ def map_memory_and_wrap_the_error(_: Path) -> None:
     try:
         mmap.mmap(-1, 1 << 33)
     except OSError as error:
-        raise DataError("x", "y", "z") from error
+        raise Unspoken from error
 
 
 def unpickle(_: Path) -> None:
