@@ -32,6 +32,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
+            self._disk.sync_names(self.path)  # before what lies elsewhere and is only known from here: slot files
         except OSError as error:
             self.discard()
             raise ConfigError("run_dir", str(self.path), f"a folder that can be written ({error.strerror})") from error
@@ -45,7 +46,6 @@ class RunFolder:
         """The run starts: records what it is, and opens the metrics. A run that goes on after ``resumed_step`` keeps
         the lines up to that step, which are returned; what was recorded of later steps will happen again."""
         self.kept = True
-        self._disk.sync_names(self.path)
         if (self.path / "result.json").exists():
             self._disk.remove(self.path / "result.json")
         for left in self.tokens.glob(".tokens-*"):
