@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
+from errno import EIO
 from pathlib import Path
 from typing import IO, Any
 
 from angelptm.checkpoint.disk import Disk
 from angelptm.config import Config
 from angelptm.errors import ConfigError
+from io_engine import IoError
 
 
 class RunFolder:
@@ -74,10 +77,14 @@ class RunFolder:
         return lines
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Appends one line, whole."""
+        """Appends one line. Raises IoError, and what was written of it is passed over when the run goes on."""
         assert self._metrics is not None, "keep comes first"
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+        line = json.dumps(metrics) + "\n"
+        try:
+            self._metrics.write(line)
+            self._metrics.flush()
+        except OSError as error:
+            raise IoError("write", str(self.path / "metrics.jsonl"), 0, len(line), error.errno or EIO) from error
 
     def sync(self) -> None:
         """Returns when the lines recorded so far survive a power cut."""
@@ -90,7 +97,8 @@ class RunFolder:
 
     def close(self) -> None:
         if self._metrics is not None:
-            self._metrics.close()
+            with suppress(OSError):  # of a line that could not be written, as record has said
+                self._metrics.close()
             self._metrics = None
 
     def discard(self) -> None:

@@ -34,7 +34,7 @@ LAYERS: dict[str, str] = {
     "angelptm.engine": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units "
     "angelptm.plan angelptm.kernels angelptm.pages angelptm.device angelptm.model angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units angelptm.plan "
-    "angelptm.data angelptm.model angelptm.engine",
+    "angelptm.data angelptm.model angelptm.engine io_engine",
     "angelptm": "angelptm.errors angelptm.config angelptm.engine angelptm.model.materialize",  # the public names
     "angelptm.cli": "angelptm angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units "
     "angelptm.plan angelptm.kernels angelptm.data angelptm.model angelptm.engine angelptm.train angelptm_native "
