@@ -73,9 +73,10 @@ def _unsynced_retirement() -> None:
 
 def _forgotten_generators() -> None:
     """The generators do not come back, as in a resume that forgets them."""
-    import angelptm.engine.engine as engine
+    from angelptm.engine import durability
 
-    engine.set_generator_states = lambda *_: None
+    assert hasattr(durability, "set_generator_states"), "what is broken here has moved"
+    durability.set_generator_states = lambda *_: None
 
 
 BROKEN: dict[str, Callable[[], None]] = {
