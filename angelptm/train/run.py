@@ -123,6 +123,8 @@ def _train(
         if resumed is not None:
             go_on(engine, resumed, former, result, training, scheduler, config, reporter)
         else:
+            if config.model.weights is not None:
+                reporter.say(f"weights from {config.model.weights}: the fp32 masters are formed from them")
             result.validation_loss_before = _evaluate(engine, validation, config, reporter)
         with stop_on_signals(reporter.say, enabled=config.checkpoint.every > 0) as stop:
             _steps(engine, training, validation, scheduler, config, folder, reporter, result, stop)
