@@ -12,13 +12,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from angelptm.version import __version__
+
 if TYPE_CHECKING:
     from angelptm.config import Config, load_config
     from angelptm.engine import Engine, initialize
     from angelptm.errors import AngelPTMError, CapacityError, ConfigError, DataError, NonFiniteError, ParkedError
     from angelptm.model.materialize import init_on_meta, materialize
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AngelPTMError",
@@ -29,6 +30,7 @@ __all__ = [
     "Engine",
     "NonFiniteError",
     "ParkedError",
+    "__version__",
     "init_on_meta",
     "initialize",
     "load_config",

@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +27,7 @@ from angelptm.checkpoint.header import (
 )
 from angelptm.errors import AngelPTMError, CheckpointError
 from angelptm.plan import Plan
+from angelptm.version import __version__
 
 
 class Stateful(Protocol):
@@ -66,7 +66,7 @@ def make_header(
     AngelPTMError for values that JSON cannot hold."""
     try:
         return Header(
-            package_version=_version(),
+            package_version=__version__,
             store_id=store_id,
             step=step,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -98,13 +98,6 @@ def make_header(
         raise AngelPTMError(
             f"checkpoint: something that JSON cannot hold in param_groups, scheduler, data or client_state: {error}"
         ) from error
-
-
-def _version() -> str:
-    try:
-        return metadata.version("angelptm")
-    except metadata.PackageNotFoundError:  # run from its sources
-        return "unknown"
 
 
 def _plain(value: Any) -> Any:

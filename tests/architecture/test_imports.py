@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: dict[str, str] = {
     # layer: what it may import of this project, itself and its own parts aside
+    "angelptm.version": "",
     "angelptm.sizes": "",
     "angelptm.errors": "angelptm.sizes",
     "angelptm.foreign": "angelptm.errors",
@@ -31,11 +32,12 @@ LAYERS: dict[str, str] = {
     "angelptm.data": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.config",
     "angelptm.model": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.heap angelptm.config angelptm.units "
     "angelptm.model.presets",
-    "angelptm.engine": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units "
-    "angelptm.plan angelptm.kernels angelptm.pages angelptm.device angelptm.model angelptm_native",
+    "angelptm.engine": "angelptm.version angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint "
+    "angelptm.units angelptm.plan angelptm.kernels angelptm.pages angelptm.device angelptm.model angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units angelptm.plan "
     "angelptm.data angelptm.model angelptm.engine io_engine",
-    "angelptm": "angelptm.errors angelptm.config angelptm.engine angelptm.model.materialize",  # the public names
+    # The public names.
+    "angelptm": "angelptm.version angelptm.errors angelptm.config angelptm.engine angelptm.model.materialize",
     "angelptm.cli": "angelptm angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units "
     "angelptm.plan angelptm.kernels angelptm.data angelptm.model angelptm.engine angelptm.train angelptm_native "
     "io_engine",
