@@ -175,17 +175,19 @@ class Engine:
             return
         deadline = time.monotonic() + self._close_seconds
         while self._pending and (left := deadline - time.monotonic()) > 0:
-            self._progress(len(self._pending), left)
+            if not self._progress(len(self._pending), left):
+                break  # an interrupted call has handed them over only in part: nothing of them is under way
         self.closed = True
         with self._changed:
             cut_off = list(self._pending.values())
             self._pending.clear()
-        _kept_for_the_kernel.extend(ticket._view for ticket in cut_off)
         ended = self._driver.close()
+        if not ended:
+            _kept_for_the_kernel.extend(ticket._view for ticket in cut_off)
         for ticket in cut_off:
             op = "write" if ticket.write else "read"
             ticket._finish(IoError(op, ticket.path, ticket.offset, ticket.bytes, errno.ECANCELED))
-        if cut_off or not ended:
+        if not ended:
             print(f"io_engine: closed with {len(cut_off)} transfers unfinished: their memory is kept", file=sys.stderr)
 
     def __enter__(self) -> Engine:
@@ -201,11 +203,12 @@ class Engine:
             warnings.warn("an I/O engine was not closed", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
-    def _progress(self, at_least: int, seconds: float) -> None:
-        """Lets the driver work until so many more transfers finished, or the time is over."""
+    def _progress(self, at_least: int, seconds: float) -> bool:
+        """Lets the driver work until so many more transfers finished, or all did, or the time is over. False when none
+        did."""
         outcomes = self._driver.reap_some(at_least, seconds)
         if not outcomes:
-            return
+            return False
         with self._changed:
             for tag, error in outcomes:
                 ticket = self._pending.pop(tag, None)
@@ -214,6 +217,7 @@ class Engine:
                 ticket._finish(error)
                 self._finished[tag] = ticket
             self._changed.notify_all()
+        return True
 
     def _wait_for(self, ticket: Ticket, deadline_seconds: float) -> None:
         deadline = time.monotonic() + deadline_seconds

@@ -31,7 +31,6 @@ from angelptm.checkpoint.slot_files import slot_file_name
 from angelptm.errors import CheckpointError
 from angelptm.sizes import format_bytes
 from io_engine import AlignedBuffer, Ticket
-from io_engine.errors import IoError
 
 MARKER_NAME = "COPYING"
 """In the destination as long as the copy is not complete."""
@@ -88,7 +87,7 @@ def copy_commit(
         there = os.path.lexists(path)
         stored = reader.stored()
         file = _open(path, len(stored) * source.header.page_bytes)
-        _sync_folder(destination.path)
+        disk.sync_folder(destination.path)
         missing = stored
         if there and stored:
             with CommitReader(manifest, [destination.path], deadline_seconds=deadline_seconds) as former:
@@ -234,13 +233,3 @@ def _open(path: Path, size_bytes: int) -> io_engine.File:
     if max(file.offset_alignment, file.memory_alignment) > EXTENT_BYTES:
         file = io_engine.open_file(path, direct=False)  # pages end at multiples of 4096 only
     return file
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise IoError("sync", str(folder), 0, 0, error.errno or 5) from error
-    finally:
-        os.close(descriptor)

@@ -59,12 +59,12 @@ class Disk:
             with contextlib.suppress(OSError):
                 os.unlink(part)
             raise
-        self._sync_folder(path.parent)
+        self.sync_folder(path.parent)
 
     def remove(self, path: Path) -> None:
         """Removes a file's name for good. Raises IoError, also when there is none."""
         self._unlink(path)
-        self._sync_folder(path.parent)
+        self.sync_folder(path.parent)
 
     def sync(self, descriptor: int, path: Path) -> None:
         """Returns when what was written to the open file ``path`` is durable. Raises IoError."""
@@ -79,7 +79,7 @@ class Disk:
         for path in (folder := folder.resolve(), *folder.parents):
             if not os.access(path, os.R_OK | os.W_OK):
                 return
-            self._sync_folder(path)
+            self.sync_folder(path)
             if os.path.ismount(path):
                 return
 
@@ -97,7 +97,7 @@ class Disk:
                 except FileExistsError:
                     if not folder.is_dir():
                         raise
-            self._sync_folder(folder.parent)
+            self.sync_folder(folder.parent)
 
     def _write(self, descriptor: int, path: Path, content: bytes) -> None:
         view = memoryview(content)
@@ -112,7 +112,8 @@ class Disk:
         with self._operation("remove", path):
             os.unlink(path)
 
-    def _sync_folder(self, folder: Path) -> None:
+    def sync_folder(self, folder: Path) -> None:
+        """Makes the names in a folder durable. Raises IoError."""
         with self._operation("sync_folder", folder):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:

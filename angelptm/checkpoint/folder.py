@@ -178,6 +178,8 @@ class CheckpointFolder:
         with self._exclusively(path) as free:
             if free and os.path.lexists(path):
                 self._disk.remove(path)
+            elif free:
+                self._disk.sync_folder(self._commits)  # a removal whose sync failed is not durable yet
         return free
 
     def unfinished(self) -> list[Path]:

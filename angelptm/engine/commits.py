@@ -8,6 +8,7 @@ written to slots first, and its next update waits for that.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from angelptm.errors import CheckpointError
 from angelptm.pages import Catalogue
 from angelptm.plan import Plan
 
+_log = logging.getLogger("angelptm")
+
 Slot = tuple[int, int]  # file, index in it
 
 
@@ -41,7 +44,7 @@ class _Cut:
     buffers: bytes
     records: np.ndarray
     tickets: Mapping[int, native.Ticket]
-    copies: int  # slots that it writes at most
+    copies: int  # slots that it still needs at most, for what is in no slot
     before_publish: Callable[[], None] | None
     captured: set[int] = field(default_factory=set)
     unsaved: dict[int, list[int]] = field(default_factory=dict)  # unit → positions among its pages
@@ -120,10 +123,14 @@ class Commits:
                 dtype = Dtype.BF16 if one.kind == "PARAM" and plan.param_itemsize == 2 else Dtype.FP32
                 rows.append((unit, Kind[one.kind], dtype, 0, one.start, one.count, NONE, 0, 0, 0, 0))
         self._template = np.array(rows, dtype=PAGE_RECORD)
-        self._state_slots = sum(
-            store.page_home(page) == native.Home.SSD for pages in self._pages for page in pages if page is not None
+        on_ssd = [
+            page is not None and store.page_home(page) == native.Home.SSD for pages in self._pages for page in pages
+        ]
+        frozen = self._template["kind"] == Kind.PARAM
+        self._state_slots = int(np.count_nonzero(np.array(on_ssd, dtype=bool) & ~frozen))
+        self._host_pages = sum(
+            page is not None and store.page_home(page) == native.Home.HOST for pages in self._pages for page in pages
         )
-        self._copied_pages = len(rows) - self._state_slots
 
     @property
     def folder(self) -> Path:
@@ -141,12 +148,13 @@ class Commits:
     def come_from(self, step: int) -> None:
         """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves.
 
-        A run that was killed between a commit and the retirement of the one before has left one too many: it goes with
-        the next commit, or when its slots are needed, so that a newest commit that is damaged is not alone till then.
+        To be called when all of it was read. A run that was killed between a commit and the retirement of the one
+        before has left one too many, which goes now: the newest is not damaged.
         """
         self._lineage = {one for one in self._kept if one <= step}
         self._replaces_left = False
         self._recognise_device_pages(step)
+        self._retire()
 
     def begin(self, header: Header, buffers: bytes, before_publish: Callable[[], None] | None = None) -> None:
         """Starts a commit of the state after the last step; waits for the one before it, and raises its error.
@@ -166,7 +174,14 @@ class Commits:
                 "Load that commit first, or choose another checkpoint.folder.",
             )
         self._retire()
-        copies = self._copied_pages + -(-len(buffers) // self._plan.page_bytes)
+        on_device = {
+            self._frames[unit][position]
+            for unit, pages in enumerate(self._pages)
+            for position, page in enumerate(pages)
+            if page is None
+        }
+        copies = self._host_pages + len(on_device - self._fixed.keys()) + -(-len(buffers) // self._plan.page_bytes)
+        self._wait_for_readers(copies)
         cut = _Cut(header, buffers, self._template.copy(), self._updates.pending(), copies, before_publish)
         with self._changed:
             self._cut = cut
@@ -185,6 +200,8 @@ class Commits:
         if cut is None or cut.done:
             return
         with self._changed:
+            if cut.done or cut.error is not None:
+                return
             self._capture(cut, unit)
             if not self._changed.wait_for(
                 lambda: unit not in cut.unsaved or cut.error is not None, self._deadline_seconds
@@ -203,8 +220,13 @@ class Commits:
         cut, needed = self._cut, self._state_slots + self._slots_in_flight
         if cut is not None and (cut.done or self._store.slot_free_count < needed + cut.copies):
             self.wait()
+        if self._cut is None:
+            self._wait_for_readers(needed)
+
+    def _wait_for_readers(self, needed: int) -> None:
+        """Returns when so many slots are free, or no commit is kept that could be retired for them."""
         deadline = time.monotonic() + self._deadline_seconds
-        while self._cut is None and len(self._kept) > self._keep and self._store.slot_free_count < needed:
+        while len(self._kept) > self._keep and self._store.slot_free_count < needed:
             self._replaces_left = True  # a later commit that the run has left keeps slots that it needs now
             held = self._retire()
             if held is not None and time.monotonic() > deadline:
@@ -230,12 +252,17 @@ class Commits:
         if cut is None:
             return None
         if thread is not None:
-            thread.join()  # every wait in it has a deadline
+            thread.join()  # its waits for pages have deadlines
         self._thread = self._cut = None
         self.seconds = cut.seconds
         if cut.error is not None:
             raise cut.error
         return cut.path
+
+    def settle(self) -> None:
+        """Returns when the commit in the making is over; its error stays for the next call that raises it."""
+        if self._thread is not None:
+            self._thread.join()
 
     def close(self) -> None:
         """Waits for the commit in the making, raises its error, and unlocks the folder. A second call does nothing."""
@@ -288,6 +315,7 @@ class Commits:
                         left = self._record(cut, unit, unsaved)
                         assert not left, "what was saved is in a slot"
                         del cut.unsaved[unit]
+                        cut.copies -= len(unsaved)
                         self._changed.notify_all()
                 self._record_device_pages(cut, unit)
             buffer_records = self._save_buffers(cut)
@@ -298,17 +326,33 @@ class Commits:
             self._publish(cut, manifest)
             self._retire()
         except BaseException as error:
-            cut.error = error
+            with self._changed:  # from here on nobody captures for this commit
+                cut.error = self._explained(error, cut)
+                slots, cut.slots = cut.slots, []
             if cut.path is None:
-                self._store.release_slots(cut.slots)
+                self._store.release_slots(slots)
         finally:
             cut.seconds = time.perf_counter() - start
             with self._changed:
                 cut.done = True
                 self._changed.notify_all()
 
+    def _explained(self, error: BaseException, cut: _Cut) -> BaseException:
+        """Says what to do where the slots ran out."""
+        if not isinstance(error, native.TierCapacityError):
+            return error
+        refused = CheckpointError(
+            str(self.folder),
+            f"no free slot for the commit of step {cut.header.step}",
+            "room for what is in no slot yet",
+            "The plan has one copy of frozen parameters: those that are changed between commits need more. Resume with "
+            "a larger checkpoint.keep, which gives more slots, or change them less often.",
+        )
+        refused.__cause__ = error
+        return refused
+
     def _record_device_pages(self, cut: _Cut, unit: int) -> None:
-        """Frozen parameters that live on the device: written once, since they do not change."""
+        """Frozen parameters that live on the device: written once, and again only when they were changed."""
         for position, page in enumerate(self._pages[unit]):
             if page is not None:
                 continue
@@ -364,6 +408,10 @@ class Commits:
         """Makes the commit durable, and enters it in place of one of the same step."""
         step, folder = cut.header.step, self.durable.folder
         former = self._kept.get(step)
+        # Commits that the run has left must not be the newest ones beside its own.
+        for later in [one for one in self._kept if one > step and one not in self._lineage]:
+            if folder.retire(later):
+                self._let_go(self._kept.pop(later))
         try:
             cut.path = folder.publish(manifest)
         except BaseException:
@@ -418,9 +466,17 @@ class Commits:
             self._store.release_slots(kept.slots)
             return
         last = all(other.store_id != kept.store_id for other in self._kept.values())
-        # What is not found is in a folder that the config does not name now: the id stays known.
-        if last and remove_slot_files(kept.store_id, self.durable.folders, self.durable.disk):
+        if not last:
+            return
+        if remove_slot_files(kept.store_id, self.durable.folders, self.durable.disk):
             self.durable.folder.forget_store_id(kept.store_id)
+        else:  # The id stays known.
+            _log.warning(
+                "the slot files of retired commits (angelptm-%s-*) are in no folder that tiers.ssd names now: "
+                "`angelptm checkpoint gc %s --ssd FOLDER` removes them",
+                kept.store_id,
+                self.folder,
+            )
 
 
 def buffer_space(buffers: Mapping[str, torch.Tensor]) -> tuple[tuple[BufferRecord, ...], bytes]:

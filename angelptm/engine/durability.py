@@ -20,7 +20,14 @@ from angelptm.engine.optimizer import PagedOptimizer
 from angelptm.engine.restore import Restorer
 from angelptm.engine.resume import Resumed, check_buffers, open_commit, restore_buffers
 from angelptm.engine.setup import persistent_buffers
-from angelptm.engine.snapshot import Stateful, make_header, restore_groups, set_generator_states, state_of
+from angelptm.engine.snapshot import (
+    Stateful,
+    check_generator_states,
+    make_header,
+    restore_groups,
+    set_generator_states,
+    state_of,
+)
 from angelptm.errors import AngelPTMError, CheckpointError
 
 _log = logging.getLogger("angelptm")
@@ -28,10 +35,20 @@ _log = logging.getLogger("angelptm")
 
 @dataclass
 class Progress:
-    """Counters: the updates of each trainable parameter, and the optimizer steps taken."""
+    """Counters: the updates of each trainable parameter, and the optimizer steps taken.
+
+    ``half_done``: what ended half way and left parameters and states of different steps; empty otherwise.
+    """
 
     steps_of: dict[str, int]
     global_step: int = 0
+    half_done: str = ""
+
+    def require_whole(self) -> None:
+        if self.half_done:
+            raise AngelPTMError(
+                f"{self.half_done} ended half way, so parameters and states are not those of one step. Load a commit."
+            )
 
 
 class Durability:
@@ -57,6 +74,7 @@ class Durability:
         data: Stateful | Mapping[str, Any] | None,
         before_publish: Callable[[], None] | None,
     ) -> None:
+        self._progress.require_whole()
         if self._parts.commits is None:
             raise AngelPTMError(
                 "save_checkpoint: the store has no folder to commit to. Set checkpoint.folder in the config that "
@@ -113,17 +131,21 @@ class Durability:
             header = manifest.header
             restorer = self._restorer(folder, manifest, reader, same_files=same_files, weights_only=weights_only)
             notes = check_buffers(self._module, header, str(folder))
+            if header.rng is not None and not weights_only:
+                check_generator_states(header.rng, str(folder))
             before_change()
+            self._progress.half_done = f"the load of the commit of step {header.step}"
             commits = self._parts.commits
             if commits is not None:
                 commits.forget_device_pages()
-                if not weights_only and folder.resolve() == commits.folder.resolve():
-                    commits.come_from(header.step)
             for unit in range(len(self._parts.leaves)):
                 self._parts.residency.expire(unit)
             pages = restorer.weights() if weights_only else restorer.pages()
             restore_buffers(self._module, reader)
-        notes += self._start_anew() if weights_only else self._go_on(header, folder)
+            if commits is not None and not weights_only and folder.resolve() == commits.folder.resolve():
+                commits.come_from(header.step)
+        notes += self._start_anew() if weights_only else self._go_on(header)
+        self._progress.half_done = ""
         for note in notes:
             _log.warning("%s", note)
         self.resumed = Resumed(
@@ -171,12 +193,12 @@ class Durability:
         self._progress.global_step = 0
         return ["the optimizer starts anew: masters are formed from the loaded weights, moments are zero"]
 
-    def _go_on(self, header: Header, folder: Path) -> list[str]:
+    def _go_on(self, header: Header) -> list[str]:
         for name in self._progress.steps_of:
             self._progress.steps_of[name] = header.optimizer.steps.get(name, 0)
         self._progress.global_step = header.step
         if header.rng is not None:
-            set_generator_states(header.rng, str(folder))
+            set_generator_states(header.rng)
         if restore_groups(self._optimizer.param_groups, header.optimizer.groups):
             return []
         return ["the parameter groups differ from the commit's: they keep what the config says"]

@@ -84,3 +84,10 @@ def _reusable(manifests: dict[int, Manifest], plan: Plan) -> tuple[str, tuple[in
                     "The file was cut short: restore it, or move the commit away.",
                 )
     return header.store_id, tuple(counts)
+
+
+def remove_new_slot_files(durable: Durable) -> None:
+    """Removes the slot files of a set that no commit names yet: of a run that could not begin."""
+    if all(store_id != durable.store_id for store_id, _ in durable.kept.values()):
+        remove_slot_files(durable.store_id, durable.folders, durable.disk)
+        durable.folder.forget_store_id(durable.store_id)

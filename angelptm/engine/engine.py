@@ -17,7 +17,7 @@ from angelptm.config import Config, load_config
 from angelptm.engine.assembly import Parts, assemble
 from angelptm.engine.dtypes import TORCH_DTYPES
 from angelptm.engine.durability import Durability, Progress
-from angelptm.engine.durable import open_durable
+from angelptm.engine.durable import open_durable, remove_new_slot_files
 from angelptm.engine.export import LazyState, export_safetensors
 from angelptm.engine.hooks import Hooks
 from angelptm.engine.leaves import put
@@ -83,8 +83,10 @@ class Engine:
         with ExitStack() as undo:
             if durable is not None:
                 undo.callback(durable.folder.close)
+                undo.callback(remove_new_slot_files, durable)
             parts = assemble(model, config, self.plan, durable, slot_files, faults, self._take_gradient)
             self._wire(parts, structure, named_groups)
+            undo.callback(self._hooks.remove)
             if resume is None:
                 self._fill(model)
             else:
@@ -189,6 +191,7 @@ class Engine:
 
     def _take_step(self) -> None:
         """Hands all gradients to the updater, in the order in which the next forward needs the units."""
+        self._progress.require_whole()
         if self._commits is not None:
             self._commits.make_room()  # first, since it may raise an error after which the step can be tried again
         start = time.perf_counter()
@@ -211,6 +214,7 @@ class Engine:
             for index, group in enumerate(self.optimizer.param_groups)
             for param in group["params"]
         }
+        self._progress.half_done = f"step {self.global_step + 1}"
         for unit, leaves in enumerate(self._leaves):
             present = self._gradients.params_with_gradient(unit) & group_of.keys()
             if not present:
@@ -223,6 +227,7 @@ class Engine:
             self._before_change(unit)
             self._updates.submit(unit, runs, hypers)
             self._gradients.forget(unit)
+        self._progress.half_done = ""
         self._gradients.passed()
         self._progress.global_step += 1
         self.step_seconds += time.perf_counter() - start
@@ -376,11 +381,12 @@ class Engine:
             for name, value in real.items():
                 unit, param = self._params[name]
                 self._updates.wait_for(unit)
+                if self._commits is not None and not param.trainable:
+                    self._commits.settle()  # it may be writing the parameter from the device
+                    self._commits.forget_device_pages()
                 self._before_change(unit)
                 self._values.write(unit, param, value)
                 self._residency.expire(unit)
-                if self._commits is not None and not param.trainable:
-                    self._commits.forget_device_pages()
 
     def state_dict(self, *, master: bool = False) -> LazyState:
         """The model's parameters and buffers as a mapping that reads each value when it is asked for.

@@ -162,14 +162,19 @@ def generator_states() -> RngRecord:
     )
 
 
-def set_generator_states(states: RngRecord, path: str) -> None:
+def check_generator_states(states: RngRecord, path: str) -> None:
+    """Refuses what ``set_generator_states`` could not use."""
     raw = base64.b64decode(states.torch)
     if len(raw) != torch.get_rng_state().numel():
         raise CheckpointError(path, f"a torch generator of {len(raw)} bytes", f"{torch.get_rng_state().numel()} bytes")
     try:
-        torch.set_rng_state(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+        torch.Generator().set_state(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
     except RuntimeError as error:
         raise CheckpointError(path, f"a torch generator that torch refuses ({error})", "a valid state") from error
+
+
+def set_generator_states(states: RngRecord) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(states.torch)), dtype=torch.uint8))
     random.setstate((states.python[0], states.python[1], states.python[2]))
     numpy = states.numpy
     np.random.set_state(

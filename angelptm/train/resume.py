@@ -37,6 +37,13 @@ def choose_folders(config: Config, resume: bool, resume_from: Path | None) -> tu
     has_commits = bool(list(own.glob("commits/*.manifest")))
     config = _in_folders(config, run_dir, own if config.checkpoint.every or has_commits else None)
     if resume_from is not None:
+        if has_commits and own.resolve() != locate(resume_from).resolve():
+            raise ConfigError(
+                "run_dir",
+                str(run_dir),
+                f"a folder without commits, or that of {resume_from}",
+                "Choose another run_dir for the run that goes on from there.",
+            )
         return config, resume_from
     if resume:
         return config, own if has_commits else None

@@ -204,10 +204,11 @@ def _steps(
             evaluated = _sum(evaluated, _difference(engine.traffic(), mark))
             folder.record({"step": step, "validation_loss": held_out})
         commit_seconds = 0.0
-        last = stop.asked or step == config.training.steps
+        stopping = stop.asked  # once, as it may change meanwhile
+        last = stopping or step == config.training.steps
         if config.checkpoint.every and (step % config.checkpoint.every == 0 or last):
             commit_seconds = _commit(engine, training, scheduler, folder, result)
-        if stop.asked:
+        if stopping:
             engine.wait_for_checkpoint()
             reporter.say(f"step {step} is committed; --resume goes on after it")
             raise KeyboardInterrupt

@@ -279,3 +279,27 @@ def test_path_stays_the_same_when_the_process_moves(tmp_path: Path) -> None:
             assert folder.commits() == [1]
 
     assert in_child(work) == 0
+
+
+def test_retirement_whose_sync_failed_is_made_durable_by_the_next_try(tmp_path: Path) -> None:
+    class Failing:
+        def __init__(self) -> None:
+            self.armed, self.seen = False, []
+
+        def before(self, operation: str, path: Path) -> None:
+            self.seen.append(operation)
+            if self.armed and operation == "sync_folder":
+                self.armed = False
+                raise OSError(5, "Input/output error")
+
+        def after(self, operation: str, path: Path) -> None: ...
+
+    hook = Failing()
+    with CheckpointFolder.open(tmp_path / "run", create=True, disk=Disk(hook)) as folder:
+        folder.publish(make_commit(step=1).manifest)
+        hook.armed = True
+        with pytest.raises(OSError, match="Input/output"):
+            folder.retire(1)
+        hook.seen.clear()
+        assert folder.retire(1)
+        assert hook.seen == ["sync_folder"]

@@ -152,3 +152,16 @@ def test_second_process_is_refused_while_the_first_trains(config_file: Path, tmp
     last = figures(tmp_path / "run")[-1][0]
     newest = max(tmp_path.glob("run/checkpoint/commits/*.manifest")).name
     assert newest == f"step-{last:012d}.manifest"
+
+
+def test_run_with_commits_of_its_own_does_not_go_on_from_another_one(
+    angelptm: Callable, committed: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    arguments, run = committed
+    other = [*arguments, "--set", f"run_dir={tmp_path / 'other'}"]
+    assert angelptm(*other).code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "other").glob("*.json*")}
+    outcome = angelptm(*other, "--set", "training.steps=8", "--resume", str(run))
+    assert outcome.code == 2
+    assert "run_dir" in outcome.err
+    assert {path: path.read_bytes() for path in (tmp_path / "other").glob("*.json*")} == before

@@ -143,4 +143,4 @@ def assert_slots_are_owned(engine: Engine, *, stale: bool = False) -> None:
                 engine._store.release_slots([(file, slot)])
                 owned.add((file, slot))
     more = engine._store.slot_used_count - len(owned)
-    assert 0 <= more <= (commits._copied_pages if stale else 0)
+    assert 0 <= more <= (commits._host_pages if stale else 0)

@@ -85,13 +85,13 @@ def test_no_more_commits_stay_than_are_kept(keep: int, tmp_path: Path) -> None:
     engine.close()
 
 
-def test_lowering_keep_retires_at_the_next_commit(tmp_path: Path) -> None:
+def test_lowering_keep_retires_at_the_resume(tmp_path: Path) -> None:
     run = recorded(tmp_path)
     engine = make(tmp_path, keep=3)
     commit_each(engine, 0, 3)
     engine.close()
     engine = make(tmp_path, keep=1, resume=tmp_path / "run")
-    assert steps_in(tmp_path / "run") == [1, 2, 3]
+    assert steps_in(tmp_path / "run") == [3]
     commit_each(engine, 3, 4)
     assert steps_in(tmp_path / "run") == [4]
     assert_slots_are_owned(engine)

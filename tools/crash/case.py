@@ -193,6 +193,8 @@ def _digests(reader: CommitReader) -> Sequence[tuple[str, Kind, str]]:
 
 def _file_names(root: Path, ids: Sequence[str]) -> set[str]:
     """Relative names, the store's id replaced, since every first start draws another one."""
+    # The id of a set of which no file was made yet when the process was killed stays known.
+    ids = [one for one in ids if any(root.rglob(f"angelptm-{one}-*.pages"))]
     expect(len(ids) == 1, f"{len(ids)} sets of slot files, not 1")
     return {str(path.relative_to(root)).replace(ids[0], "ID") for path in names_in(root)}
 
