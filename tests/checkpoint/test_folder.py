@@ -288,6 +288,7 @@ def test_retirement_whose_sync_failed_is_made_durable_by_the_next_try(tmp_path: 
 
         def before(self, operation: str, path: Path) -> None:
             self.seen.append(operation)
+            assert path.is_relative_to(tmp_path)
             if self.armed and operation == "sync_folder":
                 self.armed = False
                 raise OSError(5, "Input/output error")
@@ -296,7 +297,7 @@ def test_retirement_whose_sync_failed_is_made_durable_by_the_next_try(tmp_path: 
 
     hook = Failing()
     with CheckpointFolder.open(tmp_path / "run", create=True, disk=Disk(hook)) as folder:
-        folder.publish(make_commit(step=1).manifest)
+        folder.publish(tiny_commit(1).manifest)
         hook.armed = True
         with pytest.raises(OSError, match="Input/output"):
             folder.retire(1)
