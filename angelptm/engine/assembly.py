@@ -13,9 +13,10 @@ from torch import nn
 
 from angelptm.config import Config
 from angelptm.device import CpuDevice
-from angelptm.engine.commits import Commits, Durable
+from angelptm.engine.commits import Commits
 from angelptm.engine.dtypes import NATIVE_DTYPES, TORCH_DTYPES
 from angelptm.engine.gradients import Gradients
+from angelptm.engine.kept import Durable
 from angelptm.engine.leaves import UnitLeaves
 from angelptm.engine.optimizer import RULES
 from angelptm.engine.residency import Residency

@@ -8,7 +8,6 @@ written to slots first, and its next update waits for that.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +18,15 @@ import angelptm_native as native
 import numpy as np
 import torch
 
-from angelptm.checkpoint.disk import Disk
-from angelptm.checkpoint.folder import CheckpointFolder
 from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.header import BufferRecord, Header, units_from_layouts
 from angelptm.checkpoint.records import NONE, PAGE_RECORD, Dtype, Kind
-from angelptm.checkpoint.slot_files import remove_slot_files
 from angelptm.device import Device
+from angelptm.engine.kept import Durable, KeptCommits, Slot
 from angelptm.engine.updates import Updates
 from angelptm.errors import CheckpointError
 from angelptm.pages import Catalogue
 from angelptm.plan import Plan
-
-_log = logging.getLogger("angelptm")
-
-Slot = tuple[int, int]  # file, index in it
 
 
 @dataclass
@@ -53,27 +46,6 @@ class _Cut:
     done: bool = False
     path: Path | None = None
     seconds: float = 0.0
-
-
-@dataclass
-class _Kept:
-    """A commit on disk: the set of slot files it names, and its slots in them where they are this run's."""
-
-    store_id: str
-    slots: list[Slot]
-
-
-@dataclass(frozen=True)
-class Durable:
-    """What a run needs to commit: the folder of the manifests, locked; the id and the names of its slot files; the
-    folders these are in; and what the commits that exist hold."""
-
-    folder: CheckpointFolder
-    disk: Disk
-    store_id: str
-    files: tuple[str, ...]
-    folders: tuple[Path, ...]
-    kept: Mapping[int, tuple[str, list[Slot]]]
 
 
 class Commits:
@@ -96,17 +68,13 @@ class Commits:
         self._plan = plan
         self._updates = updates
         self._device = device
-        self._keep = keep
         self._deadline_seconds = deadline_seconds
         self._saver = store.make_saver()
         self._changed = threading.Condition()
         self._cut: _Cut | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._kept = {step: _Kept(*one) for step, one in durable.kept.items()}
-        self._lineage: set[int] = set()
-        """Steps of the commits that this run made or comes from; the others are of a history it left."""
-        self._replaces_left = False
+        self.kept = KeptCommits(durable, store, keep, deadline_seconds)
         self._fixed: dict[int, tuple[int, int, int]] = {}  # frame → slot and CRC32C of a frozen page on the device
         self.seconds = 0.0
         """Wall-clock seconds of the last commit, from the call to its manifest's being durable."""
@@ -141,20 +109,15 @@ class Commits:
         """Bytes of host pages, buffers and the like that commits have written."""
         return self._saver.written_bytes
 
-    def newest(self) -> int | None:
-        """The step of the newest commit of this run's own history."""
-        return max(self._lineage & self._kept.keys(), default=None)
-
     def come_from(self, step: int) -> None:
         """The run goes on from the folder's commit of ``step``; later ones are of a history that it leaves.
 
         To be called when all of it was read. A run that was killed between a commit and the retirement of the one
         before has left one too many, which goes now: the newest is not damaged.
         """
-        self._lineage = {one for one in self._kept if one <= step}
-        self._replaces_left = False
+        self.kept.come_from(step)
         self._recognise_device_pages(step)
-        self._retire()
+        self.kept.retire()
 
     def begin(self, header: Header, buffers: bytes, before_publish: Callable[[], None] | None = None) -> None:
         """Starts a commit of the state after the last step; waits for the one before it, and raises its error.
@@ -165,15 +128,8 @@ class Commits:
         back to an earlier step by other means than loading the commit of it.
         """
         self.wait()
-        newest = self.newest()
-        if self._kept and (newest is None or newest > header.step):
-            raise CheckpointError(
-                str(self.folder),
-                f"a commit of step {max(self._kept)}, which this run does not come from",
-                "a folder of this run's own commits",
-                "Load that commit first, or choose another checkpoint.folder.",
-            )
-        self._retire()
+        self.kept.require_own(header.step)
+        self.kept.retire()
         on_device = {
             self._frames[unit][position]
             for unit, pages in enumerate(self._pages)
@@ -181,7 +137,7 @@ class Commits:
             if page is None
         }
         copies = self._host_pages + len(on_device - self._fixed.keys()) + -(-len(buffers) // self._plan.page_bytes)
-        self._wait_for_readers(copies)
+        self.kept.make_room(copies)
         cut = _Cut(header, buffers, self._template.copy(), self._updates.pending(), copies, before_publish)
         with self._changed:
             self._cut = cut
@@ -221,22 +177,7 @@ class Commits:
         if cut is not None and (cut.done or self._store.slot_free_count < needed + cut.copies):
             self.wait()
         if self._cut is None:
-            self._wait_for_readers(needed)
-
-    def _wait_for_readers(self, needed: int) -> None:
-        """Returns when so many slots are free, or no commit is kept that could be retired for them."""
-        deadline = time.monotonic() + self._deadline_seconds
-        while len(self._kept) > self._keep and self._store.slot_free_count < needed:
-            self._replaces_left = True  # a later commit that the run has left keeps slots that it needs now
-            held = self._retire()
-            if held is not None and time.monotonic() > deadline:
-                raise CheckpointError(
-                    str(self.durable.folder.manifest_path(held)),
-                    f"a commit that a reader has held for {self._deadline_seconds} s",
-                    "one that can be retired, as its slots are needed",
-                    "End what reads it, or raise checkpoint.keep.",
-                )
-            time.sleep(0.01)
+            self.kept.make_room(needed)
 
     @property
     def _slots_in_flight(self) -> int:
@@ -323,14 +264,14 @@ class Commits:
                 cut.before_publish()
             self._saver.flush()
             manifest = Manifest(cut.header, np.concatenate([cut.records, buffer_records]))
-            self._publish(cut, manifest)
-            self._retire()
+            slots, cut.slots = cut.slots, []
+            cut.path = self.kept.publish(manifest, slots)
+            self.kept.retire()
         except BaseException as error:
             with self._changed:  # from here on nobody captures for this commit
                 cut.error = self._explained(error, cut)
                 slots, cut.slots = cut.slots, []
-            if cut.path is None:
-                self._store.release_slots(slots)
+            self._store.release_slots(slots)
         finally:
             cut.seconds = time.perf_counter() - start
             with self._changed:
@@ -403,80 +344,6 @@ class Commits:
             cut.slots.append((file, slot))
             rows.append((NONE, Kind.BUFFER, Dtype.BYTES, 0, start, size, file, slot, crc, 0, 0))
         return np.array(rows, dtype=PAGE_RECORD)
-
-    def _publish(self, cut: _Cut, manifest: Manifest) -> None:
-        """Makes the commit durable, and enters it in place of one of the same step."""
-        step, folder = cut.header.step, self.durable.folder
-        former = self._kept.get(step)
-        # Commits that the run has left must not be the newest ones beside its own.
-        for later in [one for one in self._kept if one > step and one not in self._lineage]:
-            if folder.retire(later):
-                self._let_go(self._kept.pop(later))
-        try:
-            cut.path = folder.publish(manifest)
-        except BaseException:
-            if self._is_there(manifest):
-                self._take_back(cut, former)
-            raise
-        self._kept[step] = _Kept(self.durable.store_id, cut.slots)
-        self._lineage.add(step)
-        self._replaces_left = True
-        if former is not None:
-            self._let_go(former)
-
-    def _is_there(self, manifest: Manifest) -> bool:
-        """Whether a publication that ended in an error got as far as giving the manifest its name."""
-        try:
-            return self.durable.folder.manifest_path(manifest.header.step).read_bytes() == manifest.encode()
-        except (FileNotFoundError, CheckpointError):
-            return False
-        except OSError:
-            return True  # it may be
-
-    def _take_back(self, cut: _Cut, former: _Kept | None) -> None:
-        """Removes a manifest that is there, and perhaps not durable. Where that fails too it keeps its slots, as does
-        the one that it replaced: after a power cut either one may be there."""
-        step = cut.header.step
-        try:
-            removed = self.durable.folder.retire(step)
-        except Exception:  # the first error is the one to tell; this one says that the manifest may be there still
-            removed = False
-        if not removed:
-            slots = former.slots if former is not None and former.store_id == self.durable.store_id else []
-            self._kept[step] = _Kept(self.durable.store_id, cut.slots + slots)
-            cut.path = self.durable.folder.manifest_path(step)
-        elif former is not None:
-            self._let_go(self._kept.pop(step))
-
-    def _retire(self) -> int | None:
-        """Drops the commits of histories that this run has left, once it has one of its own, and of these the oldest
-        beyond ``keep``. One that another process reads stays, until a later call; returns the step of such a one."""
-        own = sorted(self._kept.keys() & self._lineage)
-        left = sorted(self._kept.keys() - self._lineage) if self._replaces_left else []
-        held = None
-        for one in [*left, *own[: max(0, len(own) - self._keep)]]:
-            if self.durable.folder.retire(one):
-                self._let_go(self._kept.pop(one))
-            else:
-                held = one
-        return held
-
-    def _let_go(self, kept: _Kept) -> None:
-        if kept.store_id == self.durable.store_id:
-            self._store.release_slots(kept.slots)
-            return
-        last = all(other.store_id != kept.store_id for other in self._kept.values())
-        if not last:
-            return
-        if remove_slot_files(kept.store_id, self.durable.folders, self.durable.disk):
-            self.durable.folder.forget_store_id(kept.store_id)
-        else:  # The id stays known.
-            _log.warning(
-                "the slot files of retired commits (angelptm-%s-*) are in no folder that tiers.ssd names now: "
-                "`angelptm checkpoint gc %s --ssd FOLDER` removes them",
-                kept.store_id,
-                self.folder,
-            )
 
 
 def buffer_space(buffers: Mapping[str, torch.Tensor]) -> tuple[tuple[BufferRecord, ...], bytes]:

@@ -11,7 +11,7 @@ from angelptm.checkpoint.folder import CheckpointFolder
 from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.records import NONE
 from angelptm.checkpoint.slot_files import remove_slot_files, slot_file_name, slot_files_in
-from angelptm.engine.commits import Durable, Slot
+from angelptm.engine.kept import Durable, Slot
 from angelptm.errors import CheckpointError
 from angelptm.pages import SlotFiles
 from angelptm.plan import Plan

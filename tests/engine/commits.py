@@ -132,7 +132,7 @@ def assert_slots_are_owned(engine: Engine, *, stale: bool = False) -> None:
     assert commits is not None
     engine.drain()
     owned: set[tuple[int, int]] = set()
-    for kept in commits._kept.values():
+    for kept in commits.kept._kept.values():
         if kept.store_id == commits.durable.store_id:
             owned |= set(kept.slots)
     owned |= {copy[:2] for copy in commits._fixed.values()}
