@@ -174,20 +174,21 @@ class Engine:
         if self.closed:
             return
         deadline = time.monotonic() + self._close_seconds
-        while self._pending and (left := deadline - time.monotonic()) > 0:
-            if not self._progress(len(self._pending), left):
-                break  # an interrupted call has handed them over only in part: nothing of them is under way
+        under_way = True
+        while self._pending and under_way and (left := deadline - time.monotonic()) > 0:
+            # Nothing comes before the time is over: then an interrupted call has not handed over what is pending.
+            under_way = self._progress(len(self._pending), left) or time.monotonic() >= deadline
         self.closed = True
         with self._changed:
             cut_off = list(self._pending.values())
             self._pending.clear()
-        ended = self._driver.close()
-        if not ended:
+        if under_way:
             _kept_for_the_kernel.extend(ticket._view for ticket in cut_off)
+        ended = self._driver.close()
         for ticket in cut_off:
             op = "write" if ticket.write else "read"
             ticket._finish(IoError(op, ticket.path, ticket.offset, ticket.bytes, errno.ECANCELED))
-        if not ended:
+        if (cut_off and under_way) or not ended:
             print(f"io_engine: closed with {len(cut_off)} transfers unfinished: their memory is kept", file=sys.stderr)
 
     def __enter__(self) -> Engine:
