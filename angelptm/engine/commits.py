@@ -96,6 +96,12 @@ class Commits:
         ]
         frozen = self._template["kind"] == Kind.PARAM
         self._state_slots = int(np.count_nonzero(np.array(on_ssd, dtype=bool) & ~frozen))
+        self._device_frames = {
+            frame
+            for pages, frames in zip(self._pages, self._frames)
+            for page, frame in zip(pages, frames)
+            if page is None
+        }
         self._host_pages = sum(
             page is not None and store.page_home(page) == native.Home.HOST for pages in self._pages for page in pages
         )
@@ -130,13 +136,9 @@ class Commits:
         self.wait()
         self.kept.require_own(header.step)
         self.kept.retire()
-        on_device = {
-            self._frames[unit][position]
-            for unit, pages in enumerate(self._pages)
-            for position, page in enumerate(pages)
-            if page is None
-        }
-        copies = self._host_pages + len(on_device - self._fixed.keys()) + -(-len(buffers) // self._plan.page_bytes)
+        copies = (
+            self._host_pages + len(self._device_frames - self._fixed.keys()) + -(-len(buffers) // self._plan.page_bytes)
+        )
         self.kept.make_room(copies)
         cut = _Cut(header, buffers, self._template.copy(), self._updates.pending(), copies, before_publish)
         with self._changed:

@@ -14,6 +14,7 @@ from torch import nn
 from angelptm.checkpoint.folder import CheckpointFolder, locate
 from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.header import GroupRecord, Header
+from angelptm.checkpoint.opened import choose_step
 from angelptm.checkpoint.reader import CommitReader
 from angelptm.engine.commits import Commits
 from angelptm.engine.restore import Restored
@@ -51,14 +52,7 @@ def open_commit(
     mine = own is not None and folder_path.resolve() == own.folder.resolve()
     folder = own.durable.folder if mine and own is not None else CheckpointFolder.read(folder_path)
     try:
-        steps = folder.commits()
-        if not steps:
-            raise CheckpointError(str(folder_path), "no commit", "a folder with at least one")
-        if step is not None and step not in steps:
-            raise CheckpointError(str(folder_path), f"commits of the steps {steps}", f"one of step {step}")
-        chosen = steps[-1] if step is None else step
-        with folder.hold(chosen):
-            manifest = folder.load(chosen)
+        with folder.hold(choose_step(folder, step)) as manifest:
             same_files = mine and own is not None and manifest.header.store_id == own.durable.store_id
             with CommitReader(manifest, [folder_path, *ssd_folders]) as reader:
                 yield folder_path, _with_states(manifest), reader, same_files

@@ -95,7 +95,7 @@ def test_commit_of_something_else_changes_nothing(tmp_path: Path) -> None:
             engine.load_checkpoint(tmp_path / f"other{number}")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         engine.load_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"commits of the steps \[0\].*one of step 7"):
+    with pytest.raises(CheckpointError, match=r"commits of step 0, .*one of step 7"):
         engine.load_checkpoint(tmp_path / "other0", step=7)
     assert_continues(engine, step_of(GPT2), run, 2)
     engine.close()
