@@ -19,6 +19,7 @@ from angelptm.units.layout import UnitLayout
 _STATE_ITEMSIZE = 4
 _MIN_STAGING = 2
 _AUTO_RING_DEPTH = 3
+_DEEPEST_AUTO_RING = 8
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,20 @@ class Budgets:
     queue_depth: int = 16
     cores: int = 2
     commits: CommitBudget | None = None
+    states_on_device: bool = False
+    """Whether states may take device memory that parameters, all of them living there, leave over."""
 
 
 @dataclass(frozen=True)
 class SpanPlan:
-    """A span of a unit: the elements of one PARAM page. ``states_home`` is "host" or "ssd"."""
+    """A span of a unit: the elements of one PARAM page. ``states_home`` is "device", "host" or "ssd"; on the device the
+    states take consecutive frames from ``state_frame`` on, kind after kind."""
 
     elements: int
     states_home: str
     grad_homes: tuple[str, ...]
     param_home: str
+    state_frame: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,13 @@ class UnitPlan:
     frame_count: int
     spans: tuple[SpanPlan, ...]
     frozen_homes: tuple[str, ...]
+
+    @property
+    def waits_for_step(self) -> bool:
+        """Whether the unit is updated at the end of the step at the earliest: its frozen parameters may be needed after
+        its last gradient, and gradients on the SSD are all written first."""
+        grads_on_ssd = any(home == "ssd" for span in self.spans for home in span.grad_homes)
+        return grads_on_ssd or self.layout.frozen_elements > 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,7 @@ class Plan:
     host_frames: int
     update_threads: int
     ring_depth: int
+    write_depth: int  # spans of each thread's ring that may be written at once: there are slots for so many
     ring_frames: int
     home_frames: int
     staging_frames: int
@@ -104,9 +117,23 @@ class Plan:
     kind_bytes: dict[str, dict[str, int]]  # kind → tier → bytes of whole pages
 
     @property
+    def fetch_frames(self) -> int:
+        """Of the staging frames: what pages on their way to the device may hold. The rest is for gradients that go to
+        the SSD, and for whoever reads or writes whole parameters."""
+        grads_on_ssd = any(home == "ssd" for unit in self.units for span in unit.spans for home in span.grad_homes)
+        others = self.staging_frames // 2 if grads_on_ssd else min(2, self.staging_frames // 2)
+        return max(1, self.staging_frames - others)
+
+    @property
     def page_elements(self) -> int:
         """Elements of a PARAM page, and so of a span."""
         return self.page_bytes // self.param_itemsize
+
+    @property
+    def device_state_frames(self) -> int:
+        """Frames behind those of parameters that hold states."""
+        states = [tiers["device"] for kind, tiers in self.kind_bytes.items() if kind not in ("PARAM", "GRAD")]
+        return sum(states) // self.page_bytes
 
 
 class _Placer:
@@ -149,7 +176,7 @@ def _param_pages(layout: UnitLayout, page_elements: int) -> int:
 
 def _demand(layouts: Sequence[UnitLayout], page_bytes: int, item: int, grad_item: int, moments: int) -> _Demand:
     spans = [elements for layout in layouts for elements in _span_elements(layout, page_bytes // item)]
-    states = [(1 + moments) * _pages(elements, _STATE_ITEMSIZE, page_bytes) for elements in spans]
+    states = _span_states(spans, page_bytes, moments)
     grads = [_pages(elements, grad_item, page_bytes) for elements in spans]
     return _Demand(
         param_pages=sum(_param_pages(layout, page_bytes // item) for layout in layouts),
@@ -158,6 +185,25 @@ def _demand(layouts: Sequence[UnitLayout], page_bytes: int, item: int, grad_item
         span_state_pages=max(states, default=0),
         span_grad_pages=max(grads, default=0),
     )
+
+
+def _span_states(spans: Sequence[int], page_bytes: int, moments: int) -> list[int]:
+    """Pages of all kinds of state, of spans of these numbers of elements."""
+    return [(1 + moments) * _pages(elements, _STATE_ITEMSIZE, page_bytes) for elements in spans]
+
+
+def _states_on_device(
+    layouts: Sequence[UnitLayout], budgets: Budgets, demand: _Demand, room: int, item: int, moments: int
+) -> tuple[int, _Demand]:
+    """How many spans, from the first on, have their states in ``room`` frames, and the demand that is left."""
+    spans = [elements for layout in layouts for elements in _span_elements(layout, budgets.page_bytes // item)]
+    states = _span_states(spans, budgets.page_bytes, moments)
+    count = 0
+    while count < len(states) and states[count] <= room:
+        room -= states[count]
+        count += 1
+    left = states[count:]
+    return count, replace(demand, state_pages=sum(left), span_state_pages=max(left, default=0))
 
 
 def _place_arena(
@@ -278,9 +324,23 @@ def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Sp
         full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth) + _saver_frames(budgets)
         shared = frames - wishes.fixed_sum
         moving = max(least.needed_frames - wishes.fixed_sum, min(full, shared // 2))
-        return split(wishes.with_room(shared - moving), moving)
+        return _deepened(budgets, split(wishes.with_room(shared - moving), moving), frames)
     needed = min(everything, least, key=lambda one: one.needed_frames) if budgets.ssd else everything
     raise _host_error(budgets, needed, frames)
+
+
+def _deepened(budgets: Budgets, split: _Split, frames: int) -> _Split:
+    """A deeper ring where frames are left over, in which the updater reads states before their gradients come."""
+    if budgets.ring_depth is not None or not split.slot_frames:
+        return split
+    deeper = replace(split, depth=split.depth + 1)
+    while (
+        split.depth >= _AUTO_RING_DEPTH
+        and deeper.depth <= _DEEPEST_AUTO_RING
+        and deeper.needed_frames + budgets.queue_depth <= frames
+    ):
+        split, deeper = deeper, replace(deeper, depth=deeper.depth + 1)
+    return split
 
 
 def _host_error(budgets: Budgets, split: _Split, frames: int) -> CapacityError:
@@ -372,8 +432,13 @@ def make_plan(
             f"Raise tiers.device to {_mib(demand.param_pages * page_bytes)}, or set placement.param to auto.",
         )
     arena, sizes = _place_arena(layouts, sites, budgets, param_itemsize)
+    spans_on_device = 0
+    if budgets.states_on_device and param_on_device and budgets.states == "auto":
+        room = device_frames - arena.peak_frames
+        spans_on_device, demand = _states_on_device(layouts, budgets, demand, room, param_itemsize, moment_count)
     split = _split_host(budgets, demand, param_on_device)
     params, grads, states = _Placer(split.param), _Placer(split.grad), _Placer(split.states)
+    next_frame = arena.peak_frames
 
     units = []
     for index, layout in enumerate(layouts):
@@ -381,12 +446,17 @@ def make_plan(
         for elements in _span_elements(layout, page_bytes // param_itemsize):
             state_pages = (1 + moment_count) * _pages(elements, _STATE_ITEMSIZE, page_bytes)
             grad_pages = _pages(elements, grad_itemsize, page_bytes)
+            state_frame = None
+            if spans_on_device > 0:
+                spans_on_device -= 1
+                state_frame, next_frame = next_frame, next_frame + state_pages
             spans.append(
                 SpanPlan(
                     elements,
-                    states.home(state_pages),
+                    states.home(state_pages) if state_frame is None else "device",
                     tuple(grads.home() for _ in range(grad_pages)),
                     "device" if param_on_device else params.home(),
+                    state_frame,
                 )
             )
         frozen = math.ceil(layout.frozen_elements / (page_bytes // param_itemsize))
@@ -410,6 +480,7 @@ def make_plan(
         host_frames=host_frames,
         update_threads=split.threads,
         ring_depth=split.depth,
+        write_depth=min(split.depth, budgets.ring_depth or _AUTO_RING_DEPTH),
         ring_frames=split.ring_frames,
         home_frames=home_frames,
         staging_frames=host_frames - split.ring_frames - home_frames - _saver_frames(budgets),
@@ -431,7 +502,7 @@ def _commit_slots(budgets: Budgets, units: Sequence[UnitPlan], kind_bytes: dict[
 
     Trainable parameters are in no commit, being their masters rounded. A state page that lives on the SSD is current in
     one slot and in one more for each commit kept; the commit that is being made shares the current one. One that lives
-    on the host has a copy in each commit kept and in the one being made; where that one fails, its copies stay until
+    in memory has a copy in each commit kept and in the one being made; where that one fails, its copies stay until
     those of the next replace them, some at a time. Frozen parameters never change: one copy.
     """
     if budgets.commits is None:
@@ -439,7 +510,7 @@ def _commit_slots(budgets: Budgets, units: Sequence[UnitPlan], kind_bytes: dict[
     keep = budgets.commits.keep
     states = [tiers for kind, tiers in kind_bytes.items() if kind not in ("PARAM", "GRAD")]
     on_ssd = sum(tiers["ssd"] for tiers in states) // budgets.page_bytes
-    on_host = sum(tiers["host"] for tiers in states) // budgets.page_bytes
+    on_host = sum(tiers["host"] + tiers["device"] for tiers in states) // budgets.page_bytes
     frozen = sum(home != "ssd" for unit in units for home in unit.frozen_homes)
     other = math.ceil(budgets.commits.other_bytes / budgets.page_bytes)
     return keep * on_ssd + (keep + 1) * (on_host + other) + min(on_host, budgets.queue_depth) + frozen

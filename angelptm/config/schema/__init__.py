@@ -1,7 +1,7 @@
 """The sections of a configuration, one noun per class. Read tiers, optimizer, execution, training, then config."""
 
 from angelptm.config.schema.config import Config
-from angelptm.config.schema.execution import Checkpoint, Io, Units, Update
+from angelptm.config.schema.execution import Checkpoint, Execution, Io, Units, Update
 from angelptm.config.schema.hardware import Hardware, load_hardware
 from angelptm.config.schema.optimizer import Optimizer, ParamGroup
 from angelptm.config.schema.tiers import Placement, SsdPath, Tiers
@@ -11,6 +11,7 @@ __all__ = [
     "Checkpoint",
     "Config",
     "Data",
+    "Execution",
     "Hardware",
     "Io",
     "Model",

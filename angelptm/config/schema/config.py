@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from angelptm.config.problem import config_error
-from angelptm.config.schema.execution import Checkpoint, Io, Units, Update
+from angelptm.config.schema.execution import Checkpoint, Execution, Io, Units, Update
 from angelptm.config.schema.hardware import read_hardware
 from angelptm.config.schema.optimizer import Optimizer
 from angelptm.config.schema.tiers import Placement, Tiers
@@ -33,6 +33,7 @@ class Config(Section):
     optimizer: Optimizer = Field(default=Optimizer(), description="Update rule and parameter groups.")
     placement: Placement = Field(default=Placement(), description="Home tier of each kind of page.")
     update: Update = Field(default=Update(), description="The native updater.")
+    execution: Execution = Field(default=Execution(), description="When pages move and updates run.")
     io: Io = Field(default=Io(), description="Reading and writing of page files.")
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="Durable states to resume from.")
     units: Units = Field(default=Units(), description="What is fetched together.")
@@ -92,6 +93,12 @@ class Config(Section):
                 key=f"placement.{asking[0]}",
                 value=getattr(self.placement, asking[0]),
                 remedy="Add tiers.ssd: [{path: FOLDER}].",
+            )
+        if self.execution.updates == "backward" and self.gradient_clipping is not None:
+            raise expected(
+                "auto or forward, as gradient_clipping needs the norm of all gradients before the first update",
+                key="execution.updates",
+                value="backward",
             )
         if self.schedule.warmup_steps > self.training.steps > 0:
             raise expected(

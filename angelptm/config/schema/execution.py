@@ -39,6 +39,28 @@ class Update(Section):
         return value
 
 
+class Execution(Section):
+    """When pages move and when updates run, relative to the computing."""
+
+    moves: Literal["planned", "demand", "serial"] = Field(
+        default="planned",
+        description="planned: ahead of use, as a plan made from the first step says. demand: at use. serial: at use, "
+        "and updates end before the next step begins; for comparison.",
+    )
+    updates: Literal["auto", "backward", "forward"] = Field(
+        default="auto",
+        description="backward: a unit is updated as soon as its gradients are complete, inside engine.backward. "
+        "forward: all after step(), under the next forward pass. auto: backward where nothing needs all gradients "
+        "first.",
+    )
+    lead: CountOrAuto = Field(
+        default="auto", description="Uses by which fetches run ahead at most. auto: as the plan finds best."
+    )
+    timeline_steps: int = Field(
+        default=3, ge=0, le=100, description="Planned steps of `angelptm train` to record for `angelptm trace`."
+    )
+
+
 class Io(Section):
     """How page files are read and written."""
 

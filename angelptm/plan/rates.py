@@ -1,0 +1,74 @@
+"""How fast a machine's channels are: measured once, read by the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from angelptm.plan import jsonfile
+
+_KIND, _VERSION = "angelptm rates", 2
+_REMEDY = "Measure the machine's rates anew."
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of one machine.
+
+    ``ssd_mixed_bytes_per_s`` is the sum of both directions at an equal mix of reads and writes.
+    ``update_elements_per_s`` is of one thread: the kernel and the checksums of what it reads and writes.
+    ``compute_uses_cores``: the device is the CPU, so that computing, copying and updating share ``cores``; computing
+    takes ``compute_threads`` of them, None for all. ``compute_beside_update`` and ``update_beside_compute`` are the
+    speeds of computing and of one thread that updates beside each other, parts of what each has alone; None where they
+    were not measured, for an even share of the cores.
+    """
+
+    ssd_read_bytes_per_s: float
+    ssd_write_bytes_per_s: float
+    ssd_mixed_bytes_per_s: float
+    ssd_latency_seconds: float
+    host_to_device_bytes_per_s: float
+    device_to_host_bytes_per_s: float
+    update_elements_per_s: float
+    gradient_bytes_per_s: float
+    cores: int
+    compute_uses_cores: bool
+    compute_threads: int | None = None
+    compute_beside_update: float | None = None
+    update_beside_compute: float | None = None
+
+    def to_json(self) -> str:
+        return jsonfile.dump(_KIND, _VERSION, asdict(self))
+
+    @staticmethod
+    def from_json(text: str, path: str = "rates") -> Rates:
+        """Raises PlanFileError; ``path`` is for its message."""
+        fields = jsonfile.parse(text, path, _KIND, _VERSION, _REMEDY)
+        return Rates(
+            ssd_read_bytes_per_s=fields.number("ssd_read_bytes_per_s", positive=True),
+            ssd_write_bytes_per_s=fields.number("ssd_write_bytes_per_s", positive=True),
+            ssd_mixed_bytes_per_s=fields.number("ssd_mixed_bytes_per_s", positive=True),
+            ssd_latency_seconds=fields.number("ssd_latency_seconds"),
+            host_to_device_bytes_per_s=fields.number("host_to_device_bytes_per_s", positive=True),
+            device_to_host_bytes_per_s=fields.number("device_to_host_bytes_per_s", positive=True),
+            update_elements_per_s=fields.number("update_elements_per_s", positive=True),
+            gradient_bytes_per_s=fields.number("gradient_bytes_per_s", positive=True),
+            cores=fields.whole("cores", 1),
+            compute_uses_cores=fields.flag("compute_uses_cores"),
+            compute_threads=None
+            if fields.raw("compute_threads", "a whole number or null") is None
+            else fields.whole("compute_threads", 1),
+            compute_beside_update=_or_none(fields, "compute_beside_update"),
+            update_beside_compute=_or_none(fields, "update_beside_compute"),
+        )
+
+    def save(self, path: str | Path) -> None:
+        jsonfile.write_text(path, self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> Rates:
+        return Rates.from_json(jsonfile.read_text(path, _KIND, _REMEDY), str(path))
+
+
+def _or_none(fields: jsonfile.Fields, name: str) -> float | None:
+    return None if fields.raw(name, "a number or null") is None else fields.number(name, positive=True)
