@@ -122,11 +122,22 @@ def _add(store: native.Store, home: str, elements: int, itemsize: int, page_byte
     return tuple(store.add_page(_HOMES[home], size) for size in sizes)
 
 
-def _add_span(store: native.Store, plan: Plan, span: SpanPlan) -> SpanPages:
-    master, exp_avg, exp_avg_sq = (
-        _add(store, span.states_home, span.elements, 4, plan.page_bytes) if kind <= plan.moment_count else ()
-        for kind in range(3)
+def _add_states(store: native.Store, plan: Plan, span: SpanPlan, arena: int, kind: int) -> tuple[int, ...]:
+    if kind > plan.moment_count:
+        return ()
+    if span.state_frame is None:
+        return _add(store, span.states_home, span.elements, 4, plan.page_bytes)
+    total = span.elements * 4
+    starts = range(0, total, plan.page_bytes)
+    first = span.state_frame + kind * len(starts)
+    return tuple(
+        store.add_page_at(arena + (first + number) * plan.page_bytes, min(plan.page_bytes, total - start))
+        for number, start in enumerate(starts)
     )
+
+
+def _add_span(store: native.Store, plan: Plan, span: SpanPlan, arena: int) -> SpanPages:
+    master, exp_avg, exp_avg_sq = (_add_states(store, plan, span, arena, kind) for kind in range(3))
     grad_total = span.elements * plan.grad_itemsize
     grads = tuple(
         store.add_page(_HOMES[home], min(plan.page_bytes, grad_total - index * plan.page_bytes))
@@ -140,11 +151,11 @@ def _add_span(store: native.Store, plan: Plan, span: SpanPlan) -> SpanPages:
     return SpanPages(span.elements, master, exp_avg, exp_avg_sq, grads, param)
 
 
-def allocate_pages(store: native.Store, plan: Plan) -> PageIds:
-    """One page id for each page of the plan."""
+def allocate_pages(store: native.Store, plan: Plan, arena: int = 0) -> PageIds:
+    """One page id for each page of the plan. ``arena``: address of the device's arena, for states that live there."""
     pages = []
     for unit in plan.units:
-        spans = tuple(_add_span(store, plan, span) for span in unit.spans)
+        spans = tuple(_add_span(store, plan, span, arena) for span in unit.spans)
         params = [span.param for span in spans if span.param is not None]
         frozen_start = len(unit.spans)
         left = unit.layout.frozen_elements

@@ -9,6 +9,7 @@ void bind_checksum(pybind11::module_& module);
 void bind_io(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);
 void bind_pages(pybind11::module_& module);
+void bind_timeline(pybind11::module_& module);
 void bind_updater(pybind11::module_& module);
 
 }  // namespace angelptm

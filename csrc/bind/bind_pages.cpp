@@ -1,10 +1,13 @@
 #include <malloc.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 
 #include "bind/bind.h"
 #include "pages/corrupt_page.h"
+#include "pages/drive_probe.h"
+#include "pages/fetcher.h"
 #include "pages/store.h"
 #include "pages/ticket.h"
 
@@ -70,13 +73,19 @@ void bind_store(py::module_& module) {
           "add_page",
           [](Store& store, Home home, std::uint32_t used_bytes) { return store.table().add(home, used_bytes); },
           py::arg("home"), py::arg("used_bytes"))
+      .def(
+          "add_page_at",
+          [](Store& store, std::uint64_t address, std::uint32_t used_bytes) {
+            return store.table().add_at(reinterpret_cast<std::byte*>(address), used_bytes);
+          },
+          py::arg("address"), py::arg("used_bytes"))
       .def("page_version", [](Store& store, PageId page) { return store.table().info(page).version; })
       .def("page_home", [](Store& store, PageId page) { return store.table().info(page).home; })
       .def("home_address",
            [](Store& store, PageId page) {
              const pages::PageInfo info = store.table().info(page);
              if (info.home != Home::kHost) throw std::invalid_argument("page does not live in the host tier");
-             return integer(store.host().address(info.frame));
+             return integer(store.table().address(info));
            })
       .def("publish_in_place", [](Store& store, PageId page) { store.table().publish_in_place(page); })
       .def(
@@ -113,6 +122,33 @@ void bind_store(py::module_& module) {
              std::uint64_t version) { store.mover().adopt(page, {file, index}, crc, version); },
           py::arg("page"), py::arg("file"), py::arg("index"), py::arg("crc"), py::arg("version"),
           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "probe_drive",
+          [](Store& store, double seconds) -> py::object {
+            std::optional<pages::DriveRates> found;
+            {
+              py::gil_scoped_release release;
+              found = pages::probe_drive(store, seconds);
+            }
+            if (!found) return py::none();
+            py::dict rates;
+            rates["read_bytes_per_s"] = found->read_bytes_per_s;
+            rates["write_bytes_per_s"] = found->write_bytes_per_s;
+            rates["mixed_bytes_per_s"] = found->mixed_bytes_per_s;
+            rates["latency_seconds"] = found->latency_seconds;
+            rates["slots"] = found->slots;
+            rates["moved_bytes"] = found->moved_bytes;
+            return rates;
+          },
+          py::arg("seconds"))
+      .def("drive_use",
+           [](const Store& store) {
+             const auto totals = store.meter().totals();
+             py::dict found;
+             for (std::size_t i = 0; i < totals.size(); ++i)
+               found[std::array{"read", "write", "mixed"}[i]] = std::pair(totals[i].bytes, totals[i].seconds);
+             return found;
+           })
       .def("make_saver", &Store::make_saver, py::keep_alive<0, 1>(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("page_bytes", [](Store& store) { return store.host().page_bytes(); })
       .def_property_readonly("page_count", [](Store& store) { return store.table().page_count(); })
@@ -160,6 +196,42 @@ void bind_mover(py::module_& module) {
           py::cpp_function([](PageMover& mover) { return mover.counters().written_bytes; }, Release()));
 }
 
+void bind_fetcher(py::module_& module) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  using pages::Fetcher;
+  py::class_<Fetcher>(module, "Fetcher")
+      .def(py::init([](Store& store, std::size_t most_frames, const py::object& /*memory*/) {
+             return std::make_unique<Fetcher>(store.table(), store.make_engine(), &store.mover(), most_frames,
+                                              store.options().deadline_seconds);
+           }),
+           // memory: whatever owns the addresses that are fetched to; it lives as long as the thread that writes there
+           py::arg("store"), py::arg("most_frames"), py::arg("memory") = py::none(), py::keep_alive<1, 2>(),
+           py::keep_alive<1, 4>())
+      // items: [(page, address that gets its content), ...]
+      .def(
+          "fetch",
+          [](Fetcher& fetcher, std::string what, const std::vector<std::pair<PageId, std::uint64_t>>& items,
+             std::shared_ptr<Ticket> after, bool urgent) {
+            std::vector<pages::FetchItem> found;
+            found.reserve(items.size());
+            for (const auto& [page, to] : items) found.push_back({page, reinterpret_cast<std::byte*>(to)});
+            return fetcher.fetch(std::move(what), std::move(found), std::move(after), urgent);
+          },
+          py::arg("what"), py::arg("items"), py::kw_only(), py::arg("after") = nullptr, py::arg("urgent") = false,
+          Release())
+      .def("read_ahead", &Fetcher::read_ahead, py::arg("pages"), Release())
+      .def("let_go", &Fetcher::let_go, Release())
+      .def_property_readonly("totals", [](const Fetcher& fetcher) {
+        const pages::FetchTotals now = fetcher.totals();
+        py::dict facts;
+        facts["copied_bytes"] = now.copied_bytes;
+        facts["handed_over_bytes"] = now.handed_over_bytes;
+        facts["copy_seconds"] = now.copy_seconds;
+        facts["read_bytes"] = now.io.read_bytes;
+        return facts;
+      });
+}
+
 void bind_saver(py::module_& module) {
   using Release = py::call_guard<py::gil_scoped_release>;
   using pages::PageSaver;
@@ -189,6 +261,7 @@ void bind_pages(py::module_& module) {
       .def("wait", &Ticket::wait, py::arg("deadline_seconds"), py::call_guard<py::gil_scoped_release>());
   bind_store(module);
   bind_mover(module);
+  bind_fetcher(module);
   bind_saver(module);
   module.def(
       "copy_bytes",

@@ -8,5 +8,6 @@ PYBIND11_MODULE(angelptm_native, module) {
   angelptm::bind_io(module);
   angelptm::bind_kernels(module);
   angelptm::bind_pages(module);
+  angelptm::bind_timeline(module);
   angelptm::bind_updater(module);
 }

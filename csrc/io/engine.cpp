@@ -81,12 +81,12 @@ struct Engine::State {
     }
   }
 
-  // Hands every attempt whose time has come to the queue, oldest transfer first.
-  void pump(Queue& queue) {
+  // Hands every attempt whose time has come to the queue, oldest transfer first. Says how many of the batch it took.
+  std::size_t pump(Queue& queue) {
     activate();
     batch.clear();
     const Clock::time_point now = Clock::now();
-    if (active_count() == in_flight || now < queue_full_until) return;
+    if (active_count() == in_flight || now < queue_full_until) return 0;
     for (std::size_t slot = 0; slot < active.size(); ++slot) {
       const Active& a = active[slot];
       if (!a.used || a.in_flight || a.not_before > now) continue;
@@ -94,13 +94,14 @@ struct Engine::State {
       batch.push_back({slot, a.transfer.op, a.transfer.file, a.transfer.offset + a.done, a.transfer.buffer + a.done,
                        static_cast<std::uint32_t>(std::min(left, kMostBytesOfAttempt))});
     }
-    if (batch.empty()) return;
+    if (batch.empty()) return 0;
     std::sort(batch.begin(), batch.end(),
               [&](const Attempt& x, const Attempt& y) { return active[x.id].sequence < active[y.id].sequence; });
     const std::size_t taken = queue.submit(batch);
     for (std::size_t i = 0; i < taken; ++i) active[batch[i].id].in_flight = true;
     in_flight += taken;
     if (in_flight == 0) queue_full_until = now + std::chrono::milliseconds(1);
+    return taken;
   }
 
   // When pump could next do something although no answer arrives.
@@ -150,14 +151,19 @@ Verdict judge(const Transfer& transfer, const File& file, std::uint64_t done, st
 
 }  // namespace
 
-Engine::Engine(std::vector<std::shared_ptr<const File>> files, std::unique_ptr<Queue> queue, double close_seconds)
+Engine::Engine(std::vector<std::shared_ptr<const File>> files, std::unique_ptr<Queue> queue, double close_seconds,
+               std::shared_ptr<DriveMeter> meter)
     : files_(std::move(files)),
       queue_(std::move(queue)),
       close_seconds_(close_seconds),
+      meter_(std::move(meter)),
       state_(std::make_unique<State>(queue_->depth())) {}
 
 Engine::~Engine() {
   if (state_->in_flight == 0) return;
+  if (meter_ != nullptr)
+    for (const State::Active& a : state_->active)
+      if (a.used && a.in_flight) meter_->end(a.transfer.op, 0);
   const auto bound = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(close_seconds_));
   const Clock::time_point deadline = Clock::now() + bound;
   std::string reason = std::to_string(close_seconds_) + " s passed";
@@ -210,7 +216,13 @@ void Engine::submit(std::span<const Transfer> transfers) {
     }
   }
   state_->waiting.insert(state_->waiting.end(), transfers.begin(), transfers.end());
-  state_->pump(*queue_);
+  pump();
+}
+
+void Engine::pump() {
+  const std::size_t taken = state_->pump(*queue_);
+  if (meter_ == nullptr) return;
+  for (std::size_t i = 0; i < taken; ++i) meter_->begin(state_->batch[i].op, state_->batch[i].bytes);
 }
 
 std::size_t Engine::unfinished() const {
@@ -243,7 +255,7 @@ std::size_t Engine::reap_some(std::vector<Outcome>& outcomes, std::size_t at_lea
       std::this_thread::sleep_until(std::min(deadline, s.next_pump()));
     }
     for (const Answer& answer : s.answers) settle(answer.id, answer.result);
-    s.pump(*queue_);
+    pump();
     delivered += s.finished.size();
     std::move(s.finished.begin(), s.finished.end(), std::back_inserter(outcomes));
     s.finished.clear();
@@ -274,6 +286,7 @@ void Engine::settle(std::uint64_t slot, std::int32_t result) {
   const Verdict verdict = judge(a.transfer, file, a.done, result);
   const Op op = a.transfer.op;
   (op == Op::kRead ? counters_.read_bytes : counters_.written_bytes) += verdict.done - a.done;  // 0 for a sync
+  if (meter_ != nullptr) meter_->end(op, verdict.done - a.done);
   const bool whole_attempt = static_cast<std::uint64_t>(std::max(result, 0)) == kMostBytesOfAttempt;
   a.done = verdict.done;
   Outcome outcome{a.transfer.tag, std::nullopt};
@@ -308,7 +321,8 @@ void Engine::settle(std::uint64_t slot, std::int32_t result) {
 
 std::unique_ptr<Engine> make_engine(Backend backend, std::vector<std::shared_ptr<const File>> files,
                                     std::vector<Region> regions, std::size_t depth, const FaultPlan* faults,
-                                    std::string* chosen_because, double close_seconds) {
+                                    std::string* chosen_because, double close_seconds,
+                                    std::shared_ptr<DriveMeter> meter) {
   if (depth == 0 || depth > kMostDepth) {
     throw std::invalid_argument("queue depth must be from 1 to " + std::to_string(kMostDepth));
   }
@@ -328,7 +342,7 @@ std::unique_ptr<Engine> make_engine(Backend backend, std::vector<std::shared_ptr
   if (queue == nullptr) queue = make_thread_queue(files, depth, std::min(depth, kMostThreads));
   if (faults != nullptr) queue = make_fault_queue(std::move(queue), files, *faults);
   if (chosen_because != nullptr) *chosen_because = because;
-  return std::make_unique<Engine>(std::move(files), std::move(queue), close_seconds);
+  return std::make_unique<Engine>(std::move(files), std::move(queue), close_seconds, std::move(meter));
 }
 
 }  // namespace angelptm::io

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "io/drive_meter.h"
 #include "io/queue.h"
 
 namespace angelptm::io {
@@ -41,8 +42,9 @@ struct Counters {
 // One thread at a time; its owner serializes. Transfers beyond the queue's depth wait in the engine in order.
 class Engine {
  public:
-  // close_seconds: how long the destructor may wait.
-  Engine(std::vector<std::shared_ptr<const File>> files, std::unique_ptr<Queue> queue, double close_seconds = 30);
+  // close_seconds: how long the destructor may wait. `meter`: told of every attempt, or null.
+  Engine(std::vector<std::shared_ptr<const File>> files, std::unique_ptr<Queue> queue, double close_seconds = 30,
+         std::shared_ptr<DriveMeter> meter = nullptr);
   // Drops what was not yet handed to the queue and waits for what was, since the kernel still owns those buffers. If
   // close_seconds pass first, the queue is leaked (the kernel may still write through it), which standard error tells.
   ~Engine();
@@ -72,10 +74,12 @@ class Engine {
 
  private:
   struct State;
+  void pump();
   void settle(std::uint64_t slot, std::int32_t result);  // one answer of the queue
   std::vector<std::shared_ptr<const File>> files_;
   std::unique_ptr<Queue> queue_;
   double close_seconds_;
+  std::shared_ptr<DriveMeter> meter_;
   Counters counters_;
   std::unique_ptr<State> state_;
 };
@@ -84,6 +88,7 @@ enum class Backend { kAuto, kUring, kThreads };
 // kAuto: uring where it works here, else threads; `chosen_because` gets one sentence that says which and why.
 std::unique_ptr<Engine> make_engine(Backend backend, std::vector<std::shared_ptr<const File>> files,
                                     std::vector<Region> regions, std::size_t depth, const FaultPlan* faults = nullptr,
-                                    std::string* chosen_because = nullptr, double close_seconds = 30);
+                                    std::string* chosen_because = nullptr, double close_seconds = 30,
+                                    std::shared_ptr<DriveMeter> meter = nullptr);
 
 }  // namespace angelptm::io

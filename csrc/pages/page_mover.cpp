@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "pages/deadline.h"
+#include "timeline/recorder.h"
 
 namespace angelptm::pages {
 
@@ -35,6 +36,7 @@ void PageMover::reap_one() {
     stuck = std::current_exception();
   }
   wait_seconds_ += std::chrono::duration<double>(io::Clock::now() - start).count();
+  if (timeline::recording()) timeline::record(timeline::What::kWaitIo, start, io::Clock::now(), 0, 0);
   for (const io::Outcome& outcome : outcomes) settle(outcome);
   if (stuck) std::rethrow_exception(stuck);
 }
@@ -53,6 +55,7 @@ void PageMover::settle(const io::Outcome& outcome) {
     table_.host().release(write.frame);
   } else if (const auto found = reads_.find(outcome.tag); found != reads_.end()) {
     const Read read = found->second;
+    timeline::end(timeline::What::kRead, read.submitted, load_[read.index], transfer_bytes(read.info.used_bytes));
     reads_.erase(found);
     try {
       if (outcome.error) throw io::IoError(*outcome.error);
@@ -133,7 +136,7 @@ void PageMover::collect_reads(std::vector<io::Transfer>& transfers) {
       continue;
     }
     const std::uint64_t tag = next_tag_++;
-    reads_.emplace(tag, Read{load_next_++, *frame, info});
+    reads_.emplace(tag, Read{load_next_++, *frame, info, timeline::begin()});
     transfers.push_back({tag, io::Op::kRead, static_cast<int>(info.slot.file), table_.ssd().offset(info.slot),
                          address(*frame), transfer_bytes(info.used_bytes)});
   }
@@ -169,8 +172,9 @@ std::optional<LoadedPage> PageMover::next_loaded() {
   ++load_handed_out_;
   handed_out_ = page.frame;
   // A host page is looked up now: its frame may have been exchanged since the load began.
-  const Frame frame = page.frame != kNoFrame ? page.frame : table_.info(load_[page.index]).frame;
-  return LoadedPage{page.index, address(frame), page.bytes};
+  const std::byte* content =
+      page.frame != kNoFrame ? address(page.frame) : table_.address(table_.info(load_[page.index]));
+  return LoadedPage{page.index, content, page.bytes};
 }
 
 template <typename Action>
@@ -260,6 +264,8 @@ void PageMover::submit_write(PageId page, Frame frame, std::uint32_t used_bytes)
                               transfer_bytes(used_bytes)};
   writes_.emplace(tag, Write{page, frame, *slot, seal(address(frame), used_bytes)});
   writing_.insert(page);
+  // Its submission alone: its outcome may be looked at long after it is there.
+  const timeline::Scope scope(timeline::What::kWrite, page, transfer.bytes);
   try {
     engine_->submit({&transfer, 1});
   } catch (const std::invalid_argument&) {
@@ -283,6 +289,14 @@ void PageMover::adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t v
   std::lock_guard lock(mutex_);
   wait_until_quiet(page);
   table_.adopt(page, slot, crc, version);
+}
+
+void PageMover::look() {
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || writes_.empty()) return;  // whoever has the lock will look
+  std::vector<io::Outcome> outcomes;
+  engine_->reap_some(outcomes, 0, io::Clock::now());
+  for (const io::Outcome& outcome : outcomes) settle(outcome);
 }
 
 void PageMover::drain() {

@@ -51,6 +51,7 @@ class PageMover {
   // PageTable::adopt, after the page's reads and writes under way: one of them would put its content over the adopted.
   void adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t version);
   void drain();  // returns when every write behind is published; throws the first error
+  void look();   // publishes the writes that are done, and so frees their frames; waits for nothing
 
   std::byte* address(Frame frame) const { return table_.host().address(frame); }
   io::Counters counters() const;
@@ -66,7 +67,8 @@ class PageMover {
   struct Read {
     std::size_t index;
     Frame frame;
-    PageInfo info;  // as it was when the read was submitted
+    PageInfo info;                    // as it was when the read was submitted
+    io::Clock::time_point submitted;  // while a timeline is recorded
   };
 
   struct Ready {

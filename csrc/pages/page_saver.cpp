@@ -6,6 +6,7 @@
 
 #include "pages/corrupt_page.h"
 #include "pages/deadline.h"
+#include "timeline/recorder.h"
 
 namespace angelptm::pages {
 
@@ -29,12 +30,13 @@ std::uint64_t PageSaver::written_bytes() const {
 
 // Seals the content and writes it to a fresh slot; returns the write's tag.
 std::uint64_t PageSaver::submit(PageId page, std::uint64_t version, std::byte* address, std::uint32_t used_bytes) {
+  const timeline::Scope scope(timeline::What::kSave, page, used_bytes);
   const std::uint32_t crc = seal(address, used_bytes);
   const Slot slot = table_.reserve_slot();
   const std::uint64_t tag = next_tag_++;
   const io::Transfer transfer{
       tag, io::Op::kWrite, static_cast<int>(slot.file), table_.ssd().offset(slot), address, transfer_bytes(used_bytes)};
-  writes_.emplace(tag, Write{page, slot, crc, version});
+  writes_.emplace(tag, Write{page, slot, crc, version, false, timeline::begin(), transfer.bytes});
   try {
     engine_->submit({&transfer, 1});
   } catch (const std::invalid_argument&) {
@@ -50,6 +52,7 @@ std::uint64_t PageSaver::submit(PageId page, std::uint64_t version, std::byte* a
 
 void PageSaver::reap_one(std::exception_ptr& error) {
   std::vector<io::Outcome> outcomes;
+  const timeline::Scope scope(timeline::What::kWaitIo);
   try {
     engine_->reap(outcomes, 1, deadline_after(deadline_seconds_));
   } catch (...) {
@@ -64,6 +67,7 @@ void PageSaver::reap_one(std::exception_ptr& error) {
     }
     const Write write = writes_.at(outcome.tag);
     writes_.erase(outcome.tag);
+    timeline::end(timeline::What::kWrite, write.submitted, write.page, write.bytes);
     if (outcome.error || write.abandoned) {
       table_.cancel_slot(write.slot);
       if (!write.abandoned && !error) error = std::make_exception_ptr(io::IoError(*outcome.error));
@@ -90,7 +94,7 @@ void PageSaver::save(const std::vector<PageId>& pages) {
     try {
       const PageInfo info = table_.info(page);
       if (info.home != Home::kHost) throw std::logic_error("PageSaver: only host pages need saving");
-      submit(page, info.version, table_.host().address(info.frame), info.used_bytes);
+      submit(page, info.version, table_.address(info), info.used_bytes);
     } catch (...) {
       error = std::current_exception();
     }

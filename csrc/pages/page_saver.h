@@ -44,7 +44,9 @@ class PageSaver {
     Slot slot;
     std::uint32_t crc;
     std::uint64_t version;
-    bool abandoned = false;  // whoever wanted it was told that it failed
+    bool abandoned = false;             // whoever wanted it was told that it failed
+    io::Clock::time_point submitted{};  // while a timeline is recorded
+    std::uint64_t bytes = 0;
   };
   std::uint64_t submit(PageId page, std::uint64_t version, std::byte* address, std::uint32_t used_bytes);
   void reap_one(std::exception_ptr& error);

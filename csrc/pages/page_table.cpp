@@ -18,7 +18,7 @@ PageId PageTable::add(Home home, std::uint32_t used_bytes) {
   if (used_bytes == 0 || used_bytes > host_.page_bytes())
     throw std::invalid_argument("a page has from 1 to " + std::to_string(host_.page_bytes()) +
                                 " bytes of content, not " + std::to_string(used_bytes));
-  PageInfo page{home, used_bytes, 0, false, kNoFrame, Slot{0, 0}, 0, false, 0};
+  PageInfo page{home, used_bytes, 0, false, kNoFrame, Slot{0, 0}, 0, false, 0, nullptr, 0};
   if (home == Home::kHost) {
     const auto frame = host_.allocate();
     if (!frame) throw TierCapacityError("host tier: all " + std::to_string(host_.frame_count()) + " frames are taken");
@@ -27,6 +27,16 @@ PageId PageTable::add(Home home, std::uint32_t used_bytes) {
   }
   std::lock_guard lock(mutex_);
   pages_.push_back(page);
+  return static_cast<PageId>(pages_.size() - 1);
+}
+
+PageId PageTable::add_at(std::byte* address, std::uint32_t used_bytes) {
+  if (used_bytes == 0 || used_bytes > host_.page_bytes() || reinterpret_cast<std::uintptr_t>(address) % 4096 != 0)
+    throw std::invalid_argument("a page at a fixed address has from 1 to " + std::to_string(host_.page_bytes()) +
+                                " bytes of content, at a multiple of 4096");
+  std::memset(address, 0, host_.page_bytes());
+  std::lock_guard lock(mutex_);
+  pages_.push_back({Home::kHost, used_bytes, 0, false, kNoFrame, Slot{0, 0}, 0, false, 0, address, 0});
   return static_cast<PageId>(pages_.size() - 1);
 }
 
@@ -44,6 +54,7 @@ Frame PageTable::publish_frame(PageId page, Frame frame) {
   std::lock_guard lock(mutex_);
   PageInfo& entry = pages_.at(page);
   expect_home(entry, Home::kHost);
+  if (entry.fixed != nullptr) throw std::logic_error("PageTable: a page at a fixed address keeps it");
   const Frame former = entry.frame;
   entry.frame = frame;
   entry.written = true;
@@ -57,6 +68,18 @@ void PageTable::publish_in_place(PageId page) {
   expect_home(entry, Home::kHost);
   entry.written = true;
   ++entry.version;
+}
+
+void PageTable::expect_publish(PageId page) {
+  std::lock_guard lock(mutex_);
+  PageInfo& entry = pages_.at(page);
+  entry.expected = entry.version + 1;
+}
+
+void PageTable::give_up_publish(PageId page) {
+  std::lock_guard lock(mutex_);
+  PageInfo& entry = pages_.at(page);
+  entry.expected = entry.version;
 }
 
 std::optional<Slot> PageTable::try_reserve_slot() {
@@ -148,6 +171,7 @@ void PageTable::adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t v
     entry.written = true;
     entry.saved = entry.home == Home::kHost;
     entry.saved_version = version;
+    entry.expected = version;
   }
   if (former) ssd_.release(*former);
 }

@@ -27,12 +27,21 @@ struct PageInfo {
   std::uint32_t used_bytes;  // content; the rest of the frame is padding and does not travel
   std::uint64_t version;     // publishes so far, of former runs that this one resumed too
   bool written;
-  Frame frame;        // Home::kHost
+  Frame frame;        // Home::kHost; kNoFrame for a page at a fixed address
   Slot slot;          // Home::kSsd: current content, valid when written. Home::kHost: its saved copy, valid when saved
   std::uint32_t crc;  // CRC32C of the slot's transfer_bytes(used_bytes)
   bool saved;         // Home::kHost: the slot has the content of saved_version
   std::uint64_t saved_version;
+  std::byte* fixed;        // Home::kHost: in memory that is not the pool's, or null
+  std::uint64_t expected;  // the version that an update under way will publish; at most `version` when there is none
 };
+
+// Whether a page's content is the one that it had. The version alone does not say so: a commit that is loaded brings
+// its own, and a page that is discarded keeps it.
+inline bool same_content(const PageInfo& former, const PageInfo& now) {
+  return former.version == now.version && former.written == now.written && former.crc == now.crc &&
+         former.slot == now.slot;
+}
 
 // The content of a page at one moment, for a commit.
 struct Captured {
@@ -62,7 +71,14 @@ class PageTable {
 
   // Adds a page; a host page gets its frame now, zeroed. Throws TierCapacityError when the pool is out of frames.
   PageId add(Home home, std::uint32_t used_bytes);
+  // Adds a host page whose content stays at an address that somebody else owns (the device's arena, where the CPU can
+  // reach it): zeroed now, written in place like any other host page, and never exchanged.
+  PageId add_at(std::byte* address, std::uint32_t used_bytes);
   PageInfo info(PageId page) const;
+  // Where a host page's content is.
+  std::byte* address(const PageInfo& page) const {
+    return page.fixed != nullptr ? page.fixed : host_.address(page.frame);
+  }
   std::size_t page_count() const;
 
   // Host pages: exchanges the page's frame for `frame`, which holds the new content; returns the former frame, now the
@@ -70,6 +86,10 @@ class PageTable {
   Frame publish_frame(PageId page, Frame frame);
   // Host pages written in place by their only writer: counts the version.
   void publish_in_place(PageId page);
+  // An update of the page begins: who reads it next shall wait for the version that it will publish ...
+  void expect_publish(PageId page);
+  // ... and it failed: nothing will come.
+  void give_up_publish(PageId page);
   // A slot to write a page's next content to. Throws TierCapacityError when all slots are taken, StoppedError after
   // stop(). try_ returns empty instead of the former.
   Slot reserve_slot();

@@ -38,15 +38,17 @@ Store::Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vec
       table_(host_, slots_),
       mover_(std::make_unique<PageMover>(table_, make_engine(), options_.deadline_seconds)) {}
 
-std::unique_ptr<io::Engine> Store::make_engine() {
+std::unique_ptr<io::Engine> Store::make_engine(Use use) {
   std::vector<std::shared_ptr<const io::File>> files;
   for (const SlotFile& file : slots_.files()) files.push_back(file.file);
   std::vector<io::Region> regions;
   if (host_.frame_count() > 0 && !files.empty())
     regions.push_back({host_.base(), host_.page_bytes() * host_.frame_count()});
   std::string because;
-  auto engine = io::make_engine(options_.backend, std::move(files), std::move(regions), options_.queue_depth,
-                                options_.faults ? &*options_.faults : nullptr, &because);
+  const bool runs = use == Use::kRun;
+  auto engine =
+      io::make_engine(options_.backend, std::move(files), std::move(regions), options_.queue_depth,
+                      runs && options_.faults ? &*options_.faults : nullptr, &because, 30, runs ? meter_ : nullptr);
   for (const std::string& note : {because, engine->queue().notes()})
     if (!note.empty() && std::find(notes_.begin(), notes_.end(), note) == notes_.end()) notes_.push_back(note);
   return engine;

@@ -38,8 +38,12 @@ class Store {
   Store(std::uint64_t page_bytes, std::uint32_t host_frames, const std::vector<StoreFile>& files, Naming naming,
         IoOptions options);
 
-  // An engine over the store's files, with the host pool registered; for one thread.
-  std::unique_ptr<io::Engine> make_engine();
+  enum class Use : std::uint8_t { kRun, kProbe };
+  // An engine over the store's files, with the host pool registered; for one thread. A probe's is not metered, and the
+  // faults that tests inject spare it.
+  std::unique_ptr<io::Engine> make_engine(Use use = Use::kRun);
+  // What the drive gave to all engines of this store together, but to probes.
+  const io::DriveMeter& meter() const { return *meter_; }
 
   HostPool& host() { return host_; }
   SlotMap& slots() { return slots_; }
@@ -52,6 +56,7 @@ class Store {
 
  private:
   IoOptions options_;
+  std::shared_ptr<io::DriveMeter> meter_ = std::make_shared<io::DriveMeter>();
   HostPool host_;
   std::vector<std::string> notes_;
   SlotMap slots_;

@@ -35,6 +35,12 @@ class Ticket {
     return remaining_ == 0;
   }
 
+  // The first error so far; null without one.
+  std::exception_ptr error() const {
+    std::lock_guard lock(mutex_);
+    return error_;
+  }
+
   // Returns when all parts are done; throws the first part's error, or DeadlineError.
   void wait(double deadline_seconds) {
     std::unique_lock lock(mutex_);

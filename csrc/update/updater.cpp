@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "timeline/recorder.h"
 #include "update/worker.h"
 
 namespace angelptm::update {
@@ -57,20 +58,30 @@ void expect_valid(const Work& work, const std::vector<Span>& spans, const std::v
 
 }  // namespace
 
+void Updater::Task::fail(const std::exception_ptr& error) const {
+  batch->tickets.published->finish_part(error);
+  batch->tickets.done->finish_part(error);
+}
+
 Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engines, std::vector<Span> spans,
-                 const UpdaterOptions& options)
-    : table_(table), spans_(std::move(spans)), options_(options), open_(spans_.size(), false) {
-  if (engines.empty() || options_.ring_depth == 0 || options_.ring_depth > kMostRingDepth)
+                 const UpdaterOptions& options, pages::Fetcher* fetcher)
+    : table_(table), fetcher_(fetcher), spans_(std::move(spans)), options_(options), states_(spans_.size()) {
+  if (engines.empty() || options_.ring_depth == 0 || options_.ring_depth > kMostRingDepth || options_.write_depth == 0)
     throw std::invalid_argument("an updater has 1 thread or more, and a ring of 1 to " +
-                                std::to_string(kMostRingDepth) + " spans for each");
+                                std::to_string(kMostRingDepth) + " spans for each, of which 1 or more may be written");
   for (const Span& span : spans_) expect_valid(table, span, options_);
   const std::size_t frames = frames_per_slot(table, spans_);
   for (auto& engine : engines) {
-    workers_.push_back(std::make_unique<Worker>(*this, std::move(engine)));
+    const auto index = static_cast<std::uint32_t>(workers_.size());
+    workers_.push_back(std::make_unique<Worker>(*this, index, std::move(engine)));
     workers_.back()->take_frames(frames);
   }
   try {
-    for (auto& worker : workers_) threads_.emplace_back([this, &worker] { run(*worker); });
+    for (auto& worker : workers_)
+      threads_.emplace_back([this, &worker, index = threads_.size()] {
+        timeline::name_lane("updater " + std::to_string(index));
+        run(*worker);
+      });
   } catch (...) {
     stop();  // a thread that is destroyed while it runs would end the process
     throw;
@@ -89,8 +100,20 @@ void Updater::stop() {
 Updater::~Updater() {
   stop();
   // What was queued and never started must not leave its waiters behind.
-  for (Task& task : queue_)
-    task.batch->ticket->finish_part(std::make_exception_ptr(std::runtime_error("the updater was closed")));
+  const auto closed = std::make_exception_ptr(std::runtime_error("the updater was closed"));
+  for (const auto& [rank, tasks] : queue_)
+    for (const Task& task : tasks) fail(task, closed);
+}
+
+void Updater::fail(const Task& task, const std::exception_ptr& error) {
+  task.fail(error);
+  give_up_publish(task.work.span);
+}
+
+void Updater::give_up_publish(std::uint32_t span) {
+  if (spans_[span].param == pages::kNoPage) return;
+  table_.give_up_publish(spans_[span].param);
+  if (fetcher_ != nullptr) fetcher_->look_for_errors();
 }
 
 std::size_t Updater::frames_per_slot(const PageTable& table, const std::vector<Span>& spans) {
@@ -104,25 +127,60 @@ std::size_t Updater::frames_per_slot(const PageTable& table, const std::vector<S
   return most;
 }
 
-std::shared_ptr<Ticket> Updater::submit(std::string what, std::vector<Work> work, std::vector<kernels::Hyper> hypers) {
+Tickets Updater::submit(std::string what, std::vector<Work> work, std::vector<kernels::Hyper> hypers,
+                        std::uint32_t rank) {
   for (const Work& item : work) expect_valid(item, spans_, hypers);
   for (const kernels::Hyper& hyper : hypers)
     if (hyper.rule != options_.rule) throw std::invalid_argument("hyperparameters of another rule than the updater's");
-  auto ticket = std::make_shared<Ticket>(std::move(what), work.size());
-  auto batch = std::make_shared<Batch>(Batch{ticket, std::move(hypers)});
+  const Tickets tickets{std::make_shared<Ticket>(what, work.size()), std::make_shared<Ticket>(what, work.size())};
+  const auto batch = std::make_shared<Batch>(Batch{tickets, std::move(hypers), rank});
   {
-    std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     for (std::size_t i = 0; i < work.size(); ++i) {
-      if (open_[work[i].span]) {
-        for (std::size_t k = 0; k < i; ++k) open_[work[k].span] = false;
+      if (states_[work[i].span].open) {
+        for (std::size_t k = 0; k < i; ++k) states_[work[k].span].open = false;
         throw std::logic_error("span " + std::to_string(work[i].span) + " is submitted before its last update is done");
       }
-      open_[work[i].span] = true;
+      states_[work[i].span].open = true;
     }
-    for (Work& item : work) queue_.push_back({batch, std::move(item)});
+    for (Work& item : work) {
+      const Span& span = spans_[item.span];
+      if (span.param != pages::kNoPage) table_.expect_publish(span.param);
+      // Not to be read ahead any more: it would be for the step after, when the next expectation replaces this one.
+      if (const auto found = std::find(expected_.begin(), expected_.end(), item.span); found != expected_.end())
+        expected_.erase(found);
+      const std::uint32_t holder = states_[item.span].holder;
+      if (holder != kNobody)
+        workers_[holder]->adopt({batch, std::move(item)}, lock);
+      else
+        queue_[rank].push_back({batch, std::move(item)});
+    }
   }
   arrived_.notify_all();
-  return ticket;
+  return tickets;
+}
+
+void Updater::expect(std::vector<std::uint32_t> spans) {
+  for (const std::uint32_t span : spans)
+    if (span >= spans_.size()) throw std::invalid_argument("no span " + std::to_string(span));
+  {
+    std::lock_guard lock(mutex_);
+    ++epoch_;
+    expected_.clear();
+    for (const std::uint32_t span : spans) {
+      states_[span].expected_in = epoch_;
+      if (states_[span].holder == kNobody) expected_.push_back(span);
+    }
+  }
+  arrived_.notify_all();
+}
+
+void Updater::recall() {
+  expect({});
+  std::unique_lock lock(mutex_);
+  if (!recalled_.wait_until(lock, deadline_after(options_.deadline_seconds), [this] { return ahead_count_ == 0; }))
+    throw DeadlineError("waited " + std::to_string(options_.deadline_seconds) +
+                        " s for optimizer states that are being read ahead");
 }
 
 Utilisation Updater::utilisation() const {
@@ -130,31 +188,16 @@ Utilisation Updater::utilisation() const {
   return totals_;
 }
 
-bool Updater::pop(Task& task, bool wait) {
-  std::unique_lock lock(mutex_);
-  while (true) {
-    if (wait) arrived_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
-    if (stopping_ || queue_.empty()) return false;
-    task = std::move(queue_.front());
-    queue_.pop_front();
-    if (!failed_) return true;
-    open_[task.work.span] = false;
-    const std::exception_ptr error = failed_;
-    const auto ticket = task.batch->ticket;
-    lock.unlock();
-    ticket->finish_part(error);
-    lock.lock();
-  }
-}
-
 void Updater::run(Worker& worker) {
-  Task task;
   while (true) {
-    while (!worker.full() && pop(task, worker.idle())) worker.start(std::move(task));
-    if (worker.idle()) {
-      std::lock_guard lock(mutex_);
-      if (stopping_) return;
-      continue;
+    {
+      Worker::Lock lock(mutex_);
+      if (stopping_ && !worker.has_tasks() && !worker.waits_for_io()) return;
+      if (!worker.take_work(lock) && !worker.has_something_to_do(lock)) {
+        const timeline::Scope scope(timeline::What::kWaitWork);
+        arrived_.wait(lock);
+        continue;
+      }
     }
     try {
       worker.wait_for_io();

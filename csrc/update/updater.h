@@ -1,11 +1,13 @@
 // The updater: native threads that carry spans through read → step → write →
 // publish. Each thread keeps a ring of spans in flight, so that the SSD works
-// on the next ones while the CPU computes this one.
+// on the next ones while the CPU computes this one; and where no gradient is
+// there yet, it reads the states of the spans that are expected next.
 #pragma once
 
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -13,6 +15,7 @@
 
 #include "io/engine.h"
 #include "kernels/optimizer.h"
+#include "pages/fetcher.h"
 #include "pages/page_table.h"
 #include "pages/ticket.h"
 
@@ -45,6 +48,7 @@ struct Utilisation {
   double wait_seconds = 0;     // for I/O with nothing to compute, summed over threads
   std::uint64_t spans = 0;
   std::uint64_t published_bytes = 0;  // PARAM bytes written to host frames, device frames and staging
+  std::uint64_t read_ahead = 0;       // spans whose states were being read, or there, when their gradients came
   io::Counters io;
 };
 
@@ -54,6 +58,13 @@ struct UpdaterOptions {
   DType grad_dtype = DType::kF32;
   DType param_dtype = DType::kF32;
   double deadline_seconds = 120;
+  std::size_t write_depth = 3;  // of the ring: spans that may be written at once, since each needs fresh slots
+};
+
+// What submit returns. `published`: the new parameters can be read, which is before the states are written. `done`: the
+// updater has let go of the pages.
+struct Tickets {
+  std::shared_ptr<Ticket> done, published;
 };
 
 // Owns states and gradients of the spans while their tickets are open; nobody
@@ -62,14 +73,21 @@ struct UpdaterOptions {
 class Updater {
  public:
   // One thread for each engine. Takes its staging frames from the host pool here and keeps them: throws
-  // TierCapacityError when the pool has too few, and std::invalid_argument for spans whose pages do not fit them.
+  // TierCapacityError when the pool has too few, and std::invalid_argument for spans whose pages do not fit them. New
+  // parameters are handed to `fetcher`, which lives longer; null: they are read back from where they are published.
   Updater(pages::PageTable& table, std::vector<std::unique_ptr<io::Engine>> engines, std::vector<Span> spans,
-          const UpdaterOptions& options);
+          const UpdaterOptions& options, pages::Fetcher* fetcher = nullptr);
   ~Updater();  // stops after the spans in flight
 
-  // Queues one unit's spans; they start in the order of the calls. A span whose last update is not done is refused
-  // (std::logic_error), as is what does not fit the spans (std::invalid_argument); nothing was queued then.
-  std::shared_ptr<Ticket> submit(std::string what, std::vector<Work> work, std::vector<kernels::Hyper> hypers);
+  // Queues one unit's spans. Those of the lowest rank start first, equal ones in the order of the calls. A span whose
+  // last update is not done is refused (std::logic_error), as is what does not fit the spans (std::invalid_argument);
+  // nothing was queued then.
+  Tickets submit(std::string what, std::vector<Work> work, std::vector<kernels::Hyper> hypers, std::uint32_t rank = 0);
+  // The spans that submit will bring next, in order: while nothing is queued, their states are read into free slots of
+  // the rings. Replaces what was expected and is not begun. A hint: what comes otherwise is updated all the same.
+  void expect(std::vector<std::uint32_t> spans);
+  // Gives up what is read ahead, and returns when nobody reads states: before somebody else writes to them.
+  void recall();
   Utilisation utilisation() const;
   // Staging frames that each ring slot needs for `spans` (before construction, for the plan's own check).
   static std::size_t frames_per_slot(const pages::PageTable& table, const std::vector<Span>& spans);
@@ -81,17 +99,33 @@ class Updater {
   class Worker;
 
   void run(Worker& worker);
-  bool pop(Task& task, bool wait);
   void stop();
+  void fail(const Task& task, const std::exception_ptr& error);  // which no worker has begun
+  // The span's parameters stay what they are. To be called when its ticket says why: who waits for the new version must
+  // not take the former one for it.
+  void give_up_publish(std::uint32_t span);
 
   static constexpr std::size_t kMostRingDepth = 1024;
+  static constexpr std::uint32_t kNobody = 0xffffffffu;
+  // A span between two updates. `holder`: the worker that reads its states ahead, for as long as the span is
+  // `expected_in` the present epoch.
+  struct SpanState {
+    bool open = false;  // submitted and not done
+    std::uint32_t holder = kNobody;
+    std::uint64_t expected_in = 0;
+  };
+
   pages::PageTable& table_;
+  pages::Fetcher* fetcher_;
   std::vector<Span> spans_;
   UpdaterOptions options_;
   mutable std::mutex mutex_;
-  std::condition_variable arrived_;
-  std::deque<Task> queue_;
-  std::vector<bool> open_;  // by span: submitted and not done; guarded by mutex_
+  std::condition_variable arrived_, recalled_;
+  std::map<std::uint32_t, std::deque<Task>> queue_;  // by rank
+  std::deque<std::uint32_t> expected_;               // and neither held nor submitted since
+  std::vector<SpanState> states_;                    // by span; guarded by mutex_
+  std::uint64_t epoch_ = 0;                          // counts expectations
+  std::size_t ahead_count_ = 0;                      // spans with a holder
   bool stopping_ = false;
   std::exception_ptr failed_;  // guarded by mutex_
   Utilisation totals_;         // guarded by mutex_

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "pages/deadline.h"
 #include "pages/page_mover.h"
+#include "timeline/recorder.h"
 
 namespace angelptm::update {
 
@@ -27,108 +29,243 @@ void republish(const float* master, void* param, DType dtype, std::uint64_t star
 
 }  // namespace
 
+Updater::Flight* Updater::Worker::idle_flight() {
+  const auto found = std::find_if(flights_.begin(), flights_.end(),
+                                  [](const Flight& flight) { return flight.stage == Flight::Stage::kIdle; });
+  return found == flights_.end() ? nullptr : &*found;
+}
+
+bool Updater::Worker::has_tasks() const {
+  return !adopted_.empty() || std::any_of(flights_.begin(), flights_.end(), [](const Flight& flight) {
+    return flight.stage != Flight::Stage::kIdle && flight.task.batch;
+  });
+}
+
+std::size_t Updater::Worker::ahead_count() const {
+  return static_cast<std::size_t>(
+      std::count_if(flights_.begin(), flights_.end(), [](const Flight& flight) { return flight.ahead(); }));
+}
+
+bool Updater::Worker::may_compute(const Flight& flight) const {
+  if (flight.stage != Flight::Stage::kReady || !flight.task.batch) return false;
+  return writing_ < updater_.options_.write_depth || flight.frames.empty();
+}
+
+bool Updater::Worker::has_something_to_do(Lock&) const {
+  return waits_for_io() ||
+         std::any_of(flights_.begin(), flights_.end(), [this](const Flight& flight) { return may_compute(flight); });
+}
+
+// Forgets what was read ahead and is expected no more.
+bool Updater::Worker::drop_ahead(Lock&) {
+  bool dropped = false;
+  for (Flight& flight : flights_) {
+    SpanState& state = updater_.states_[flight.span];
+    if (!flight.ahead() || flight.stage != Flight::Stage::kReady || state.expected_in == updater_.epoch_) continue;
+    flight.stage = Flight::Stage::kIdle;
+    flight.error = nullptr;
+    state.holder = kNobody;
+    --updater_.ahead_count_;
+    dropped = true;
+  }
+  if (dropped) updater_.recalled_.notify_all();
+  return dropped;
+}
+
+// What the ring has room for: first the tasks of what it has read ahead, then queued spans, and where none is queued,
+// expected ones, but for one slot: a span that nobody expected must never wait for one whose gradients do not come.
+bool Updater::Worker::take_work(Lock& lock) {
+  bool took = false;
+  while (true) {
+    if (!adopted_.empty()) {
+      Task task = std::move(adopted_.back());
+      adopted_.pop_back();
+      const auto flight = std::find_if(flights_.begin(), flights_.end(),
+                                       [&](const Flight& one) { return one.ahead() && one.span == task.work.span; });
+      updater_.states_[task.work.span].holder = kNobody;
+      if (--updater_.ahead_count_ == 0) updater_.recalled_.notify_all();
+      ++done_.read_ahead;
+      const std::exception_ptr failed = updater_.failed_;
+      lock.unlock();
+      if (failed && !flight->error) flight->error = failed;
+      attach(*flight, std::move(task));
+      lock.lock();
+      took = true;
+      continue;
+    }
+    drop_ahead(lock);
+    Flight* flight = idle_flight();
+    if (updater_.stopping_ || flight == nullptr) return took;
+    auto& queue = updater_.queue_;
+    while (!queue.empty() && queue.begin()->second.empty()) queue.erase(queue.begin());
+    if (!queue.empty()) {
+      Task task = std::move(queue.begin()->second.front());
+      queue.begin()->second.pop_front();
+      if (const std::exception_ptr failed = updater_.failed_) {
+        updater_.states_[task.work.span].open = false;
+        lock.unlock();
+        updater_.fail(task, failed);
+        lock.lock();
+        continue;
+      }
+      lock.unlock();
+      start(task.work.span, *flight);
+      attach(*flight, std::move(task));
+      lock.lock();
+      took = true;
+      continue;
+    }
+    if (updater_.failed_ || ahead_count() + 1 >= flights_.size()) return took;
+    auto& expected = updater_.expected_;
+    const auto next = std::find_if(expected.begin(), expected.end(), [this](std::uint32_t span) {
+      return !updater_.states_[span].open && updater_.states_[span].holder == kNobody;
+    });
+    if (next == expected.end()) return took;
+    const std::uint32_t span = *next;
+    expected.erase(next);
+    updater_.states_[span].holder = index_;
+    ++updater_.ahead_count_;
+    lock.unlock();
+    start(span, *flight);
+    lock.lock();
+    took = true;
+  }
+}
+
 void Updater::Worker::add_pieces(Flight& flight, const std::vector<PageId>& ids, bool written_back) {
   for (const PageId page : ids) {
     const PageInfo info = table_.info(page);
     const bool staged = info.home == Home::kSsd;
     std::size_t next = 0;
     for (const auto& piece : flight.pieces) next += piece.staged;
-    std::byte* address = table_.host().address(staged ? flight.frames.at(next) : info.frame);
+    std::byte* address = staged ? table_.host().address(flight.frames.at(next)) : table_.address(info);
     flight.pieces.push_back({page, address, info.used_bytes, staged, staged && written_back, std::nullopt});
   }
 }
 
-void Updater::Worker::start(Task task) {
-  const auto found = std::find_if(flights_.begin(), flights_.end(),
-                                  [](const Flight& flight) { return flight.stage == Flight::Stage::kIdle; });
-  Flight& flight = *found;
-  ++active_;
-  flight.task = std::move(task);
+// Begins with the states, which need no gradients.
+void Updater::Worker::start(std::uint32_t span_index, Flight& flight) {
+  flight.span = span_index;
+  flight.task = {};
   flight.error = nullptr;
+  flight.lent = flight.published = false;
+  flight.transfers_left = 0;
   flight.pieces.clear();
-  const Span& span = updater_.spans_[flight.task.work.span];
-  try {
-    add_pieces(flight, span.master, true);
-    flight.first_exp_avg = flight.pieces.size();
-    add_pieces(flight, span.exp_avg, true);
-    flight.first_exp_avg_sq = flight.pieces.size();
-    add_pieces(flight, span.exp_avg_sq, true);
-    flight.first_grad = flight.pieces.size();
-    add_pieces(flight, span.grad, false);
-    flight.first_param = flight.pieces.size();
-    flight.param_frame = flight.frames.empty() ? 0 : flight.frames.size() - 1;
-    if (span.param != pages::kNoPage) {
-      const PageInfo info = table_.info(span.param);
-      // The new content goes to a frame of our own in either case; publishing writes it out or exchanges the frames.
-      flight.pieces.push_back({span.param, table_.host().address(flight.frames.at(flight.param_frame)), info.used_bytes,
-                               false, info.home == Home::kSsd, std::nullopt});
+  const Span& span = updater_.spans_[span_index];
+  add_pieces(flight, span.master, true);
+  flight.first_exp_avg = flight.pieces.size();
+  add_pieces(flight, span.exp_avg, true);
+  flight.first_exp_avg_sq = flight.pieces.size();
+  add_pieces(flight, span.exp_avg_sq, true);
+  flight.first_grad = flight.pieces.size();
+  read(flight, 0);
+}
+
+// The gradients have come: reads those that live on the SSD too.
+void Updater::Worker::attach(Flight& flight, Task task) {
+  flight.task = std::move(task);
+  const Span& span = updater_.spans_[flight.span];
+  add_pieces(flight, span.grad, false);
+  flight.first_param = flight.pieces.size();
+  flight.param_frame = flight.frames.empty() ? 0 : flight.frames.size() - 1;
+  if (span.param != pages::kNoPage) {
+    const PageInfo info = table_.info(span.param);
+    // The new content goes to a frame of our own in either case; publishing writes it out or exchanges the frames.
+    flight.pieces.push_back({span.param, table_.host().address(flight.frames.at(flight.param_frame)), info.used_bytes,
+                             false, info.home == Home::kSsd, std::nullopt});
+  }
+  read(flight, flight.first_grad);
+  if (flight.transfers_left == 0 && flight.error) fail(flight, flight.error);
+}
+
+std::uint64_t Updater::Worker::tag_of(const Flight& flight, std::size_t piece) const {
+  return static_cast<std::uint64_t>(&flight - flights_.data()) << 32 | piece;
+}
+
+// Reads the staged pages from the `first` piece on.
+void Updater::Worker::read(Flight& flight, std::size_t first) {
+  std::vector<io::Transfer> transfers;
+  for (std::size_t i = first; i < flight.pieces.size(); ++i) {
+    Flight::Piece& piece = flight.pieces[i];
+    if (!piece.staged) continue;
+    const PageInfo info = table_.info(piece.page);
+    piece.read_from = info;
+    if (!info.written) {
+      std::memset(piece.address, 0, piece.used_bytes);
+      continue;
     }
-    submit(flight, io::Op::kRead);
+    piece.unchecked = true;
+    transfers.push_back({tag_of(flight, i), io::Op::kRead, static_cast<int>(info.slot.file),
+                         table_.ssd().offset(info.slot), piece.address, pages::transfer_bytes(piece.used_bytes)});
+  }
+  submit(flight, transfers);
+  flight.stage = flight.transfers_left > 0 ? Flight::Stage::kReading : Flight::Stage::kReady;
+}
+
+// Writes every page that goes back to a fresh slot.
+void Updater::Worker::write(Flight& flight) {
+  std::vector<io::Transfer> transfers;
+  for (std::size_t i = 0; i < flight.pieces.size(); ++i) {
+    Flight::Piece& piece = flight.pieces[i];
+    if (!piece.written_back) continue;
+    piece.slot = table_.reserve_slot();
+    {
+      const timeline::Scope scope(timeline::What::kCheck, flight.span, piece.used_bytes);
+      piece.crc = pages::seal(piece.address, piece.used_bytes);
+    }
+    transfers.push_back({tag_of(flight, i), io::Op::kWrite, static_cast<int>(piece.slot->file),
+                         table_.ssd().offset(*piece.slot), piece.address, pages::transfer_bytes(piece.used_bytes)});
+  }
+  flight.stage = Flight::Stage::kWriting;
+  ++writing_;
+  submit(flight, transfers);
+  if (transfers.empty()) publish(flight);
+}
+
+void Updater::Worker::submit(Flight& flight, const std::vector<io::Transfer>& transfers) {
+  if (transfers.empty()) return;
+  if (flight.transfers_left == 0) {
+    flight.submitted = timeline::begin();
+    flight.submitted_bytes = 0;
+  }
+  for (const io::Transfer& transfer : transfers) flight.submitted_bytes += transfer.bytes;
+  flight.transfers_left += transfers.size();
+  try {
+    engine_->submit(transfers);
+  } catch (const io::IoError&) {
+    // The engine holds the transfers all the same: the flight fails when the last of them comes back.
+    flight.error = std::current_exception();
+  }
+}
+
+// The ready span that is needed soonest.
+bool Updater::Worker::compute_one() {
+  Flight* next = nullptr;
+  for (Flight& flight : flights_)
+    if (may_compute(flight) && (next == nullptr || flight.task.batch->rank < next->task.batch->rank)) next = &flight;
+  if (next == nullptr) return false;
+  Flight& flight = *next;
+  try {
+    check_pages(flight);
+    compute(flight);
+    publish_param(flight);
+    write(flight);
   } catch (...) {
     fail(flight, std::current_exception());
   }
-}
-
-// Reads every staged page that has content, or writes every page that goes back to a fresh slot.
-void Updater::Worker::submit(Flight& flight, io::Op op) {
-  std::vector<io::Transfer> transfers;
-  const auto flight_index = static_cast<std::uint64_t>(&flight - flights_.data());
-  for (std::size_t i = 0; i < flight.pieces.size(); ++i) {
-    Flight::Piece& piece = flight.pieces[i];
-    if (op == io::Op::kRead ? !piece.staged : !piece.written_back) continue;
-    Slot slot;
-    if (op == io::Op::kRead) {
-      const PageInfo info = table_.info(piece.page);
-      if (!info.written) {
-        std::memset(piece.address, 0, piece.used_bytes);
-        continue;
-      }
-      slot = info.slot;
-      piece.unchecked = true;
-      piece.read_from = info;
-    } else {
-      slot = table_.reserve_slot();
-      piece.slot = slot;
-      piece.crc = pages::seal(piece.address, piece.used_bytes);
-    }
-    transfers.push_back({flight_index << 32 | i, op, static_cast<int>(slot.file), table_.ssd().offset(slot),
-                         piece.address, pages::transfer_bytes(piece.used_bytes)});
-  }
-  flight.transfers_left = transfers.size();
-  flight.stage = op == io::Op::kRead ? Flight::Stage::kReading : Flight::Stage::kWriting;
-  if (!transfers.empty()) {
-    try {
-      engine_->submit(transfers);
-    } catch (const io::IoError&) {
-      // The engine holds the transfers all the same: the flight fails when the last of them comes back.
-      flight.error = std::current_exception();
-    }
-  } else if (op == io::Op::kRead) {
-    flight.stage = Flight::Stage::kReady;
-  } else {
-    publish(flight);
-  }
-}
-
-bool Updater::Worker::compute_one() {
-  for (Flight& flight : flights_) {
-    if (flight.stage != Flight::Stage::kReady) continue;
-    try {
-      check_pages(flight);
-      compute(flight);
-      submit(flight, io::Op::kWrite);
-    } catch (...) {
-      fail(flight, std::current_exception());
-    }
-    return true;
-  }
-  return false;
+  return true;
 }
 
 // Here and not when the reads arrive: the kernel finds in the cache what was just checked.
 void Updater::Worker::check_pages(Flight& flight) {
   for (Flight::Piece& piece : flight.pieces) {
+    const PageInfo now = table_.info(piece.page);
+    const bool is_param = &piece - flight.pieces.data() == static_cast<std::ptrdiff_t>(flight.first_param);
+    const bool moved = !piece.staged && !is_param && table_.address(now) != piece.address;
+    if (moved || (piece.staged && !same_content(piece.read_from, now)))
+      throw std::logic_error("a page was written to while the updater had read it ahead: recall comes first");
     if (!piece.unchecked) continue;
+    const timeline::Scope scope(timeline::What::kCheck, flight.span, piece.used_bytes);
     pages::check(table_, piece.page, piece.read_from, piece.address);
     piece.unchecked = false;
   }
@@ -136,6 +273,7 @@ void Updater::Worker::check_pages(Flight& flight) {
 
 void Updater::Worker::compute(Flight& flight) {
   const auto start = io::Clock::now();
+  const timeline::Scope scope(timeline::What::kUpdate, flight.span);
   const UpdaterOptions& options = updater_.options_;
   const Span& span = updater_.spans_[flight.task.work.span];
   const std::uint64_t page_bytes = table_.host().page_bytes();
@@ -180,7 +318,20 @@ void Updater::Worker::compute(Flight& flight) {
   done_.published_bytes += span.elements * itemsize(options.param_dtype);
 }
 
-// All content is where it belongs: make it current.
+// The new parameters can be read from here on: on the device, or by way of the fetcher. The page table shows them when
+// the states are written too, so that an error leaves both as they were.
+void Updater::Worker::publish_param(Flight& flight) {
+  if (flight.first_param < flight.pieces.size()) {
+    if (updater_.fetcher_ == nullptr) return;  // told at the end
+    const Flight::Piece& piece = flight.pieces[flight.first_param];
+    updater_.fetcher_->lend(piece.page, table_.info(piece.page).expected, piece.address);
+    flight.lent = true;
+  }
+  flight.published = true;
+  flight.task.batch->tickets.published->finish_part();
+}
+
+// Everything is written: makes it current.
 void Updater::Worker::publish(Flight& flight) {
   for (std::size_t i = 0; i < flight.pieces.size(); ++i) {
     Flight::Piece& piece = flight.pieces[i];
@@ -201,6 +352,12 @@ void Updater::Worker::publish(Flight& flight) {
 
 void Updater::Worker::finish(Flight& flight) {
   if (!flight.error) ++done_.spans;
+  if (flight.stage == Flight::Stage::kWriting) --writing_;
+  if (flight.lent) {
+    const Flight::Piece& param = flight.pieces[flight.first_param];
+    Frame& own = flight.frames[flight.param_frame];
+    own = updater_.fetcher_->take_back(param.page, own, param.written_back && !flight.error, flight.task.batch->rank);
+  }
   {
     std::lock_guard lock(updater_.mutex_);
     Utilisation& totals = updater_.totals_;
@@ -209,6 +366,7 @@ void Updater::Worker::finish(Flight& flight) {
     totals.wait_seconds += done_.wait_seconds;
     totals.spans += done_.spans;
     totals.published_bytes += done_.published_bytes;
+    totals.read_ahead += done_.read_ahead;
     totals.io.read_bytes += now.read_bytes - merged_.read_bytes;
     totals.io.written_bytes += now.written_bytes - merged_.written_bytes;
     totals.io.read_count += now.read_count - merged_.read_count;
@@ -219,48 +377,56 @@ void Updater::Worker::finish(Flight& flight) {
     merged_ = now;
     done_ = {};
     if (flight.error && !updater_.failed_) updater_.failed_ = flight.error;
-    updater_.open_[flight.task.work.span] = false;
+    updater_.states_[flight.span].open = false;
   }
-  const auto ticket = flight.task.batch->ticket;
+  const Tickets tickets = flight.task.batch->tickets;
   flight.task = {};
   flight.stage = Flight::Stage::kIdle;
-  --active_;
-  ticket->finish_part(flight.error);
+  if (!flight.published) tickets.published->finish_part(flight.error);
+  tickets.done->finish_part(flight.error);
+  updater_.arrived_.notify_all();  // the span may be read ahead again
 }
 
 // The span's SSD pages keep their former content in the table: what was reserved for the new one is given back. Its
 // host states are updated in place, and so may be one step ahead; nothing more is updated after an error.
-void Updater::Worker::fail(Flight& flight, std::exception_ptr error) {
+void Updater::Worker::fail(Flight& flight, const std::exception_ptr& error) {
   flight.error = error;
   for (Flight::Piece& piece : flight.pieces) {
     if (piece.slot) table_.cancel_slot(*piece.slot);
     piece.slot.reset();
   }
+  const std::uint32_t span = flight.span;
   finish(flight);
+  updater_.give_up_publish(span);
 }
 
 void Updater::Worker::wait_for_io() {
+  if (engine_->unfinished() == 0) return;
   const auto start = io::Clock::now();
   std::vector<io::Outcome> outcomes;
   // A ready span means there is something better to do than wait.
-  const bool compute_next = std::any_of(flights_.begin(), flights_.end(),
-                                        [](const Flight& flight) { return flight.stage == Flight::Stage::kReady; });
+  const bool compute_next =
+      std::any_of(flights_.begin(), flights_.end(), [this](const Flight& flight) { return may_compute(flight); });
   std::exception_ptr stuck;
+  const auto waiting = compute_next ? timeline::Clock::time_point{} : timeline::begin();
   try {
     engine_->reap(outcomes, compute_next ? 0 : 1, deadline_after(updater_.options_.deadline_seconds));
   } catch (const io::IoError&) {
     stuck = std::current_exception();
   }
+  timeline::end(timeline::What::kWaitIo, waiting, 0, 0);
   done_.wait_seconds += seconds_since(start);
   for (const io::Outcome& outcome : outcomes) {
     Flight& flight = flights_[outcome.tag >> 32];
     if (outcome.error && !flight.error) flight.error = std::make_exception_ptr(*outcome.error);
     if (--flight.transfers_left > 0) continue;
+    timeline::end(flight.stage == Flight::Stage::kWriting ? timeline::What::kWrite : timeline::What::kRead,
+                  flight.submitted, flight.span, flight.submitted_bytes);
+    if (flight.stage == Flight::Stage::kReading) flight.stage = Flight::Stage::kReady;
+    if (flight.ahead()) continue;  // an error stays with it for the task that comes
     if (flight.error) {
       fail(flight, flight.error);
-    } else if (flight.stage == Flight::Stage::kReading) {
-      flight.stage = Flight::Stage::kReady;
-    } else {
+    } else if (flight.stage == Flight::Stage::kWriting) {
       publish(flight);
     }
   }
@@ -268,8 +434,14 @@ void Updater::Worker::wait_for_io() {
 }
 
 void Updater::Worker::give_up(const std::exception_ptr& error) {
+  for (const Task& task : adopted_) updater_.fail(task, error);
+  adopted_.clear();
   for (const Flight& flight : flights_)
-    if (flight.stage != Flight::Stage::kIdle) flight.task.batch->ticket->finish_part(error);
+    if (flight.stage != Flight::Stage::kIdle && flight.task.batch) {
+      if (!flight.published) flight.task.batch->tickets.published->finish_part(error);
+      flight.task.batch->tickets.done->finish_part(error);
+      updater_.give_up_publish(flight.span);
+    }
 }
 
 }  // namespace angelptm::update

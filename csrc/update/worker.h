@@ -15,16 +15,20 @@ using pages::PageTable;
 using pages::Slot;
 
 struct Updater::Batch {
-  std::shared_ptr<Ticket> ticket;
+  Tickets tickets;
   std::vector<kernels::Hyper> hypers;
+  std::uint32_t rank;
 };
 
 struct Updater::Task {
-  std::shared_ptr<Batch> batch;
+  std::shared_ptr<Batch> batch;  // null: there is none
   Work work;
+
+  void fail(const std::exception_ptr& error) const;
 };
 
-// One ring slot: a span between its first read and its last write. Owns its staging frames for good.
+// One ring slot: a span from its first read to its last write. Owns its staging frames for good. A span that is read
+// ahead has no task until its gradients come.
 struct Updater::Flight {
   struct Piece {
     PageId page;
@@ -38,22 +42,33 @@ struct Updater::Flight {
     PageInfo read_from{};
   };
   std::vector<Frame> frames;
+  std::uint32_t span = 0;
   Task task;
   std::vector<Piece> pieces;  // master pages, exp_avg pages, exp_avg_sq pages, gradient pages, parameter page
   std::size_t first_exp_avg = 0, first_exp_avg_sq = 0, first_grad = 0, first_param = 0;
   std::size_t param_frame = 0;  // index into frames of the frame that receives the new parameters
   std::size_t transfers_left = 0;
+  io::Clock::time_point submitted{};  // the first of these transfers, while a timeline is recorded
+  std::uint64_t submitted_bytes = 0;  // of all of them
   enum class Stage : std::uint8_t { kIdle, kReading, kReady, kWriting } stage = Stage::kIdle;
+  bool lent = false;       // the fetcher may be reading the parameter frame
+  bool published = false;  // the batch's `published` was told
   std::exception_ptr error;
+
+  bool ahead() const { return stage != Stage::kIdle && !task.batch; }
 };
 
 class Updater::Worker {
  public:
-  Worker(Updater& updater, std::unique_ptr<io::Engine> engine)
-      : updater_(updater), table_(updater.table_), engine_(std::move(engine)), flights_(updater.options_.ring_depth) {}
+  Worker(Updater& updater, std::uint32_t index, std::unique_ptr<io::Engine> engine)
+      : updater_(updater),
+        index_(index),
+        table_(updater.table_),
+        engine_(std::move(engine)),
+        flights_(updater.options_.ring_depth) {}
 
   ~Worker() {
-    const bool quiet = active_ == 0;
+    const bool quiet = engine_->unfinished() == 0;
     engine_.reset();     // first: it waits until the kernel has let go of the frames
     if (!quiet) return;  // It may not have let go: frames that it still writes to must not be used again.
     for (const Flight& flight : flights_)
@@ -72,28 +87,44 @@ class Updater::Worker {
     }
   }
 
-  bool idle() const { return active_ == 0; }
-  bool full() const { return active_ == flights_.size(); }
-  void start(Task task);
-  bool compute_one();  // false when nothing is ready
+  // Those that take `lock` need the updater's mutex, which they let go of and take again where they say so.
+  using Lock = std::unique_lock<std::mutex>;
+  void adopt(Task task, Lock&) { adopted_.push_back(std::move(task)); }
+  bool has_tasks() const;  // in the ring
+  bool waits_for_io() const { return engine_->unfinished() > 0; }
+  bool has_something_to_do(Lock&) const;  // without anything's arriving
+  bool take_work(Lock& lock);             // lets go of the lock; false when there was nothing to take
+  bool compute_one();                     // false when nothing is ready
   void wait_for_io();
   // The device does not answer: tells those who wait for what is in flight.
   void give_up(const std::exception_ptr& error);
 
  private:
+  Flight* idle_flight();
+  std::size_t ahead_count() const;
+  bool may_compute(const Flight& flight) const;
+  bool drop_ahead(Lock& lock);
+  void start(std::uint32_t span, Flight& flight);
+  void attach(Flight& flight, Task task);
   void add_pieces(Flight& flight, const std::vector<PageId>& ids, bool written_back);
-  void submit(Flight& flight, io::Op op);
+  void read(Flight& flight, std::size_t first);
+  void write(Flight& flight);
+  void submit(Flight& flight, const std::vector<io::Transfer>& transfers);
+  std::uint64_t tag_of(const Flight& flight, std::size_t piece) const;
   void check_pages(Flight& flight);
   void compute(Flight& flight);
+  void publish_param(Flight& flight);
   void publish(Flight& flight);
   void finish(Flight& flight);
-  void fail(Flight& flight, std::exception_ptr error);
+  void fail(Flight& flight, const std::exception_ptr& error);
 
   Updater& updater_;
+  std::uint32_t index_;
   PageTable& table_;
   std::unique_ptr<io::Engine> engine_;
   std::vector<Flight> flights_;
-  std::size_t active_ = 0;
+  std::vector<Task> adopted_;  // for spans that are read ahead here; guarded by the updater's mutex
+  std::size_t writing_ = 0;
   Utilisation done_;     // since the last merge into the updater's totals
   io::Counters merged_;  // engine counters at that merge
 };

@@ -76,3 +76,17 @@ def slots_in_files(folder: Path, page_bytes: int = PAGE) -> list[list[np.ndarray
         if name.startswith(f"{folder}/") and name.endswith(".pages (deleted)"):
             found[name] = np.frombuffer(entry.read_bytes(), np.uint8).reshape(-1, page_bytes)
     return [list(slots) for _, slots in sorted(found.items())]
+
+
+def flip(path: Path, offset: int, mask: int = 1) -> None:
+    with path.open("r+b", buffering=0) as file:
+        former = os.pread(file.fileno(), 1, offset)
+        os.pwrite(file.fileno(), bytes([former[0] ^ mask]), offset)
+
+
+def slot_of(store: native.Store, page: int) -> tuple[int, int, int]:
+    """(file, offset, CRC32C) of a page's current content."""
+    ((state, file, slot, crc, _),) = store.capture([page])
+    assert state == native.Captured.IN_SLOT
+    store.release_slots([(file, slot)])
+    return file, slot * store.page_bytes, crc

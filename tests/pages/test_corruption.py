@@ -27,7 +27,7 @@ from angelptm.errors import AngelPTMError, CheckpointError, CorruptPageError
 from ..engine.models import GPT2
 from ..engine.training import batches_of, tight_config, train, train_step
 from ..update.harness import DEADLINE, SSD, Spans, hypers_of
-from .pool import PAGE, content, load, make_store, view, write
+from .pool import PAGE, content, flip, load, make_store, slot_of, view, write
 
 
 @contextmanager
@@ -41,20 +41,6 @@ def flipped(path: Path, offset: int, mask: int) -> Iterator[None]:
         os.pwrite(descriptor, former, offset)
     finally:
         os.close(descriptor)
-
-
-def flip(path: Path, offset: int, mask: int = 1) -> None:
-    with path.open("r+b", buffering=0) as file:
-        former = os.pread(file.fileno(), 1, offset)
-        os.pwrite(file.fileno(), bytes([former[0] ^ mask]), offset)
-
-
-def slot_of(store: native.Store, page: int) -> tuple[int, int, int]:
-    """(file, offset, CRC32C) of a page's current content."""
-    ((state, file, slot, crc, _),) = store.capture([page])
-    assert state == native.Captured.IN_SLOT
-    store.release_slots([(file, slot)])
-    return file, slot * store.page_bytes, crc
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -176,9 +162,10 @@ def put_grad(spans: Spans, index: int) -> None:
 
 def update(spans: Spans, index: int) -> native.Ticket:
     assert spans.updater is not None
-    return spans.updater.submit(
+    done, _ = spans.updater.submit(
         "x", [(index, spans.spans[index].segments)], hypers_of(native.Rule.ADAMW, spans.step_count + 1)
     )
+    return done
 
 
 @pytest.mark.parametrize("kind", KINDS)

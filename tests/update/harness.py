@@ -82,6 +82,9 @@ class Spans:
         blank: bool = False,
         keep_files: bool = False,
         spare_slots: int = 8,
+        write_depth: int = 3,
+        fetch_frames: int = 0,
+        deadline_seconds: float = DEADLINE,
     ) -> None:
         self.rule, self.grad_dtype, self.param_dtype = rule, grad_dtype, param_dtype
         self.random, self.rng = random.Random(seed), np.random.default_rng(seed)
@@ -92,16 +95,18 @@ class Spans:
         self.ring = threads * ring_depth
         self.store = make_store(
             folder,
-            frames=live + self.ring * per_span + 4,
+            frames=live + self.ring * per_span + 4 + fetch_frames,
             slots=(live + self.ring * per_span + spare_slots,),
             backend=backend,
             faults=faults,
             keep_files=keep_files,
+            deadline_seconds=deadline_seconds,
         )
         self.step_count = 0
         self.spans = [self._make(index, whole, *home, blank=blank) for index, home in enumerate(homes)]
         self.store.mover.drain()
         self.home_frames = self.store.host_used_count
+        self.fetcher = native.Fetcher(self.store, fetch_frames) if fetch_frames else None
         self.updater: native.Updater | None = native.Updater(
             self.store,
             threads=threads,
@@ -121,6 +126,9 @@ class Spans:
             rule=rule,
             grad_dtype=grad_dtype,
             param_dtype=param_dtype,
+            write_depth=write_depth,
+            fetcher=self.fetcher,
+            memory=[span.on_device for span in self.spans],
         )
 
     def _pages(self, home: native.Home, elements: int, itemsize: int) -> list[int]:
@@ -185,8 +193,12 @@ class Spans:
     def read(self, pages: list[int], dtype: native.DType) -> np.ndarray:
         return np.concatenate(load(self.store, pages)).view(NUMPY[dtype])
 
-    def submit(self, spans: list[int]) -> native.Ticket:
-        """New gradients, the expectation of one step, and the update as one unit."""
+    def submit(self, spans: list[int], rank: int = 0) -> native.Ticket:
+        """New gradients, the expectation of one step, and the update as one unit; the ticket of its end."""
+        return self.submit_for_both(spans, rank)[0]
+
+    def submit_for_both(self, spans: list[int], rank: int = 0) -> tuple[native.Ticket, native.Ticket]:
+        """As ``submit``; the tickets of its end and of its publication."""
         self.step_count += 1
         hypers = hypers_of(self.rule, self.step_count)
         for index in spans:
@@ -199,7 +211,8 @@ class Spans:
                 kernels.step(hypers[hyper], *states[:3], grad[part], span.expected_param[part])
         self.store.mover.drain()
         assert self.updater is not None
-        return self.updater.submit("the update of unit x", [(i, self.spans[i].segments) for i in spans], hypers)
+        work = [(i, self.spans[i].segments) for i in spans]
+        return self.updater.submit("the update of unit x", work, hypers, rank)
 
     def check(self) -> None:
         for span in self.spans:
@@ -212,6 +225,7 @@ class Spans:
     def close(self) -> None:
         """Stops the threads; afterwards only the homes hold frames, and each SSD page that is written one slot."""
         self.updater = None
+        self.fetcher = None
         assert self.store.host_used_count == self.home_frames
         for span in self.spans:
             for page in span.pages:

@@ -90,10 +90,10 @@ def test_slots_that_run_out_fail_the_unit_and_are_all_given_back(tmp_path: Path)
         store, threads=1, spans=[span], ring_depth=1, rule=native.Rule.ADAMW, grad_dtype=F32, param_dtype=F32
     )
     work = [(0, [(0, PAGE // 4, 0)])]
-    updater.submit("first", work, hypers_of(native.Rule.ADAMW, 1)).wait(DEADLINE)
+    updater.submit("first", work, hypers_of(native.Rule.ADAMW, 1))[0].wait(DEADLINE)
     assert store.slot_used_count == 3
     with pytest.raises(native.TierCapacityError, match="ssd tier"):
-        updater.submit("second", work, hypers_of(native.Rule.ADAMW, 2)).wait(DEADLINE)
+        updater.submit("second", work, hypers_of(native.Rule.ADAMW, 2))[0].wait(DEADLINE)
     assert store.slot_used_count == 3
     assert [store.page_version(page) for page in [*ids, param]] == [1] * 4
     del updater
@@ -261,7 +261,7 @@ def test_work_outside_its_span_is_refused_before_anything_is_queued(
         updater.submit("x", [*work], hypers_of(native.Rule.ADAMW, 1))
     with pytest.raises(ValueError, match="rule"):
         updater.submit("x", [(0, [(0, 100, 0)])], [kernels.lion_hyper(0.1)])
-    updater.submit("x", [(0, [(0, 100, 0)])], hypers_of(native.Rule.ADAMW, 1)).wait(DEADLINE)
+    updater.submit("x", [(0, [(0, 100, 0)])], hypers_of(native.Rule.ADAMW, 1))[0].wait(DEADLINE)
     assert updater.utilisation()["spans"] == 1
 
 
@@ -270,10 +270,10 @@ def test_span_is_not_updated_twice_at_a_time(tmp_path: Path) -> None:
     spans = Spans(tmp_path, ALONE[:2], threads=2, faults=slow, blank=True)
     updater, hypers = spans.updater, hypers_of(native.Rule.ADAMW, 1)
     assert updater is not None
-    ticket = updater.submit("x", [(0, [])], hypers)
+    ticket = updater.submit("x", [(0, [])], hypers)[0]
     for work in ([(0, [])], [(1, []), (0, [])], [(1, []), (1, [])]):
         with pytest.raises(RuntimeError, match="before its last update is done"):
             updater.submit("x", work, hypers)
     ticket.wait(DEADLINE)
     for _ in range(2):
-        updater.submit("x", [(0, []), (1, [])], hypers).wait(DEADLINE)
+        updater.submit("x", [(0, []), (1, [])], hypers)[0].wait(DEADLINE)

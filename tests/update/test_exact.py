@@ -109,4 +109,4 @@ def test_pages_count_one_version_for_each_update(tmp_path: Path) -> None:
 def test_unit_without_spans_is_done_at_once(tmp_path: Path) -> None:
     spans = Spans(tmp_path, HOMES["host"])
     assert spans.updater is not None
-    assert spans.updater.submit("nothing", [], [kernels.adamw_hyper(0.1, step=1)]).done()
+    assert all(ticket.done() for ticket in spans.updater.submit("nothing", [], [kernels.adamw_hyper(0.1, step=1)]))
