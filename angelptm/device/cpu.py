@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 
-import angelptm_native as native
 import torch
 
 from angelptm.heap import RETURN_AT_LEAST_BYTES, return_freed_blocks
@@ -17,7 +16,6 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
         self.arena_bytes = arena_bytes
         self.read_bytes = 0
-        self.written_bytes = 0
         return_freed_blocks(return_freed_bytes)
         self._memory = mmap.mmap(-1, arena_bytes)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
@@ -28,11 +26,6 @@ class CpuDevice:
         # another.
         whole = torch.frombuffer(self._memory, dtype=dtype)
         return torch.as_strided(whole, shape, stride, offset // dtype.itemsize)
-
-    def copy_in(self, offset: int, host_address: int, size: int) -> None:
-        assert 0 <= offset <= self.arena_bytes - size, "a copy stays inside the arena"
-        native.copy_bytes(self._base + offset, host_address, size)
-        self.written_bytes += size
 
     def address(self, offset: int) -> int:
         return self._base + offset

@@ -14,15 +14,9 @@ class Device(Protocol):
     arena_bytes: int
     read_bytes: int
     """Bytes copied out of the device's tensors so far (gradients)."""
-    written_bytes: int
-    """Bytes copied into the arena so far."""
 
     def view(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over arena memory. It shares no version counter with any other view."""
-        ...
-
-    def copy_in(self, offset: int, host_address: int, size: int) -> None:
-        """Copies host memory into the arena; the content is there when this returns."""
         ...
 
     def address(self, offset: int) -> int:

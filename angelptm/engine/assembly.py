@@ -23,7 +23,7 @@ from angelptm.engine.residency import Residency
 from angelptm.engine.setup import grad_precision
 from angelptm.engine.updates import Updates
 from angelptm.engine.values import Values
-from angelptm.pages import Catalogue, SlotFiles, allocate_pages, open_store
+from angelptm.pages import Catalogue, PageIds, SlotFiles, allocate_pages, open_store
 from angelptm.plan import Plan
 from angelptm.units import ParamLayout
 
@@ -37,7 +37,9 @@ class Parts:
     plan: Plan
     store: native.Store
     device: CpuDevice
+    pages: PageIds
     catalogue: Catalogue
+    fetcher: native.Fetcher
     updates: Updates
     commits: Commits | None
     gradients: Gradients
@@ -54,7 +56,7 @@ def assemble(
     durable: Durable | None,
     slot_files: SlotFiles | None,
     faults: native.FaultPlan | None,
-    take_gradient: Callable[[int, ParamLayout, torch.Tensor], None],
+    take_gradient: Callable[[int, int, ParamLayout, torch.Tensor], None],
 ) -> Parts:
     """Takes all memory and disk space. ``take_gradient`` gets each gradient as it completes."""
     dtype, grad_dtype = TORCH_DTYPES[config.precision], TORCH_DTYPES[grad_precision(config)]
@@ -74,8 +76,9 @@ def assemble(
     for note in store.notes:
         _log.info("%s", note)
     device = CpuDevice(plan.device_frames * plan.page_bytes, config.tiers.return_freed)
-    pages = allocate_pages(store, plan)
+    pages = allocate_pages(store, plan, device.address(0))
     catalogue = Catalogue(plan, pages)
+    fetcher = native.Fetcher(store, most_frames=plan.fetch_frames, memory=device)
     updates = Updates(
         store,
         plan,
@@ -91,6 +94,8 @@ def assemble(
         },
         deadline_seconds=deadline_seconds,
         name_page=catalogue.name,
+        fetcher=fetcher,
+        memory=device,
     )
     commits = None
     if durable is not None:
@@ -113,12 +118,14 @@ def assemble(
         plan=plan,
         store=store,
         device=device,
+        pages=pages,
         catalogue=catalogue,
+        fetcher=fetcher,
         updates=updates,
         commits=commits,
         gradients=gradients,
-        values=Values(plan, pages, store, device, dtype, updates, catalogue.name),
+        values=Values(plan, pages, store, device, dtype, updates, fetcher, catalogue.name),
         leaves=leaves,
-        residency=Residency(plan, pages, store, device, leaves, updates, catalogue.name),
+        residency=Residency(plan, pages, fetcher, device, leaves, updates, catalogue.name, deadline_seconds),
         dtype=dtype,
     )

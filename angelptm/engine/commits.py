@@ -244,6 +244,7 @@ class Commits:
         return unsaved
 
     def _make(self, cut: _Cut) -> None:
+        native.Timeline.name_lane("commit")
         start = time.perf_counter()
         try:
             for unit in range(len(self._pages)):

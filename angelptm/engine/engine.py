@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ from angelptm.engine.hooks import Hooks
 from angelptm.engine.leaves import put
 from angelptm.engine.optimizer import PagedOptimizer
 from angelptm.engine.parked import ParkedParameter
+from angelptm.engine.planning import Planning
 from angelptm.engine.resume import Resumed
+from angelptm.engine.scheduler import Scheduler
 from angelptm.engine.setup import buffer_bytes_of, checkpoint_blocks, lay_out, param_groups, parameter, plan_of
 from angelptm.engine.snapshot import Stateful
+from angelptm.engine.stepping import Stepping
+from angelptm.engine.timeline import Recording
 from angelptm.engine.traffic import Traffic
 from angelptm.errors import AngelPTMError, NonFiniteError
 from angelptm.model.materialize import source_of
@@ -97,12 +102,14 @@ class Engine:
         """Puts the parts to work on the module."""
         self._store, self._device, self._updates = parts.store, parts.device, parts.updates
         self._gradients, self._values, self._commits = parts.gradients, parts.values, parts.commits
-        self._catalogue = parts.catalogue
+        self._catalogue, self._fetcher = parts.catalogue, parts.fetcher
         self._leaves, self._residency = parts.leaves, parts.residency
         if self.config.gradient_checkpointing:
             checkpoint_blocks(self.module, structure)
-        self._hooks = Hooks(self.module, structure.sites, self._residency, TORCH_DTYPES[self.config.precision])
-        self._traffic = Traffic(self._store, self._device, self._updates, self._commits)
+        scheduler = Scheduler(structure.sites, parts.pages, parts.residency, parts.updates, parts.fetcher)
+        compute_dtype = TORCH_DTYPES[self.config.precision]
+        self._hooks = Hooks(self.module, structure.sites, self._residency, compute_dtype, scheduler)
+        self._traffic = Traffic(self._store, self._device, self._updates, parts.fetcher, self._commits)
         parked = {name: self._leaves[unit].parked[name] for name, (unit, _) in self._params.items()}
         self.optimizer = PagedOptimizer(
             [{**group, "params": [parked[name] for name in group["params"]]} for group in named_groups],
@@ -111,12 +118,30 @@ class Engine:
             self._drop_gradients,
         )
         self._progress = Progress({name: 0 for name, (_, param) in self._params.items() if param.trainable})
+        self._planning = Planning(self.config, parts, structure.sites, self._hooks, scheduler, self.peak_bytes)
+        self._stepping = Stepping(
+            self.config,
+            self.plan,
+            self._leaves,
+            self._gradients,
+            self._updates,
+            self._residency,
+            self._commits,
+            self.optimizer,
+            self._progress,
+            scheduler,
+            self._gradient_came,
+            lambda: self._planning.is_tracing,
+        )
         self._durability = Durability(parts, self.module, self.config, self.optimizer, self._progress)
+        self._recording: Recording | None = None
+        self._record = partial(
+            Recording, self.config, parts, structure.sites, self._hooks, self._planning, lambda: self.global_step
+        )
         self._micro_step = 0
         self._max_norm: float | None = None
         self.grad_norm: float | None = None
         """The global gradient norm before clipping at the last step; None when nothing asked for it."""
-        self.step_seconds = 0.0
 
     @property
     def global_step(self) -> int:
@@ -150,21 +175,30 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """``loss`` divided by ``gradient_accumulation_steps``, back through the model.
 
-        Raises NonFiniteError, with nothing changed, when the loss is inf or NaN. Whatever it raises, the gradients are
+        Refused, with nothing changed, when it is called again before ``step`` and updates have begun. Raises
+        NonFiniteError, with nothing changed, when the loss is inf or NaN. Whatever else it raises, the gradients are
         dropped, those of earlier micro-batches too, and the next call is the first of a new step.
         """
+        last = self.config.gradient_accumulation_steps - 1
+        self._stepping.require_none_begun(
+            "engine.backward",
+            f"Call step() after {last + 1} backward passes, set gradient_accumulation_steps, or execution.updates: "
+            "forward.",
+        )
         if not bool(torch.isfinite(loss.detach()).all()):
             self._drop_gradients()
             raise NonFiniteError(
                 f"step {self.global_step}: the loss is {float(loss.detach().float().mean())}. Parameters and states "
                 "are those of the last good step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
             )
+        self._stepping.begin_backward(step_follows=self._micro_step == last)
         try:
             (loss / self.config.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
         except BaseException:
             self._hooks.abandon_backward()
             self._drop_gradients()
             raise
+        self._stepping.end_backward()
         self._micro_step += 1
 
     def step(self) -> bool:
@@ -175,91 +209,45 @@ class Engine:
         return True
 
     def clip_grad_norm_(self, max_norm: float) -> float:
-        """Lets the next step scale the gradients to a global L2 norm of at most ``max_norm``; returns the norm now."""
+        """Lets the next step scale the gradients to a global L2 norm of at most ``max_norm``; returns the norm now.
+
+        Refused when updates have begun inside ``backward``, whose gradients are gone.
+        """
+        self._stepping.require_none_begun(
+            "clip_grad_norm_",
+            "Set gradient_clipping, or execution.updates: forward, which updates nothing before step().",
+        )
         self._max_norm = max_norm
         return self._gradients.norm()
 
-    def _take_gradient(self, unit: int, param: ParamLayout, gradient: torch.Tensor) -> None:
-        # A leaf whose backward needs no weight comes here without a fetch, which would have waited.
-        self._updates.wait_for(unit)
-        self._gradients.accumulate(unit, param, gradient)
+    def _take_gradient(self, unit: int, leaf: int, param: ParamLayout, gradient: torch.Tensor) -> None:
+        self._stepping.take_gradient(unit, leaf, param, gradient)
+
+    def _gradient_came(self, unit: int, size: int, seconds: float) -> None:
+        self._planning.gradient(unit, size, seconds)
+        if self._recording is not None:
+            self._recording.gradient(unit, size, seconds)
 
     def _drop_gradients(self) -> None:
         self._micro_step = 0
         self._max_norm = None
-        self._gradients.clear()
+        self._stepping.drop()
+        self._planning.drop()
+        if self._recording is not None:
+            self._recording.drop()
 
     def _take_step(self) -> None:
-        """Hands all gradients to the updater, in the order in which the next forward needs the units."""
-        self._progress.require_whole()
-        if self._commits is not None:
-            self._commits.make_room()  # first, since it may raise an error after which the step can be tried again
-        start = time.perf_counter()
+        self._stepping.begin_step()
         self._micro_step = 0
         max_norm = self._max_norm if self._max_norm is not None else self.config.gradient_clipping
         self._max_norm = None
-        self._gradients.flush()
-        if not self._gradients.finite:
-            self._drop_gradients()
-            raise NonFiniteError(
-                f"step {self.global_step}: a gradient is inf or NaN. Parameters and states are those of the last good "
-                "step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
-            )
-        grad_scale, self.grad_norm = 1.0, None
-        if max_norm is not None:
-            self.grad_norm = self._gradients.norm()
-            grad_scale = min(1.0, max_norm / (self.grad_norm + 1e-6))
-        group_of = {
-            param.param_name: index
-            for index, group in enumerate(self.optimizer.param_groups)
-            for param in group["params"]
-        }
-        self._progress.half_done = f"step {self.global_step + 1}"
-        for unit, leaves in enumerate(self._leaves):
-            present = self._gradients.params_with_gradient(unit) & group_of.keys()
-            if not present:
-                continue
-            runs, keys = self._runs(leaves.layout.params, present, group_of)
-            hypers = [
-                self.optimizer.hyper(self.optimizer.param_groups[group], step, grad_scale) for group, step in keys
-            ]
-            self._residency.expire(unit)
-            self._before_change(unit)
-            self._updates.submit(unit, runs, hypers)
-            self._gradients.forget(unit)
-        self._progress.half_done = ""
-        self._gradients.passed()
-        self._progress.global_step += 1
-        self.step_seconds += time.perf_counter() - start
-
-    def _runs(
-        self, params: Iterable[ParamLayout], present: set[str], group_of: Mapping[str, int]
-    ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
-        """Runs of neighbouring parameters that share group and step count, and the (group, step) of each run's index.
-
-        A run reaches to its next member over the gap between them, whose states and gradients are zero.
-        """
-        runs: list[tuple[int, int, int]] = []
-        keys: list[tuple[int, int]] = []
-        joins = False
-        for param in params:
-            if param.name not in present:
-                joins = False
-                continue
-            self._progress.steps_of[param.name] += 1
-            key = (group_of[param.name], self._progress.steps_of[param.name])
-            if key not in keys:
-                keys.append(key)
-            if joins and runs[-1][2] == keys.index(key):
-                runs[-1] = (runs[-1][0], param.end, runs[-1][2])
-            else:
-                runs.append((param.offset, param.end, keys.index(key)))
-            joins = True
-        return runs, keys
-
-    def _before_change(self, unit: int) -> None:
-        if self._commits is not None:
-            self._commits.before_change(unit)
+        start = time.perf_counter()
+        self.grad_norm = self._stepping.take_step(max_norm)
+        self._planning.end_step()
+        if self._recording is not None:
+            self._recording.end_step(start)
+            if self._recording.done:
+                self._recording = None
 
     def drain(self) -> None:
         """Waits until every update under way is published; raises what went wrong in one."""
@@ -291,6 +279,7 @@ class Engine:
         on that thread just before the commit appears. ``save_dir`` may only name the folder that the config gives:
         `angelptm checkpoint copy` makes copies elsewhere. Raises AngelPTMError between a backward pass and its step.
         """
+        self._stepping.require_none_begun("save_checkpoint", "Commit after step().")
         self._durability.save(
             save_dir,
             client_state=client_state,
@@ -320,6 +309,7 @@ class Engine:
         and CorruptPageError for a damaged one.
         """
         self.drain()
+        self._updates.recall()
         resumed = self._durability.load(
             load_dir, step=step, weights_only=weights_only, before_change=self._drop_gradients
         )
@@ -384,7 +374,8 @@ class Engine:
                 if self._commits is not None and not param.trainable:
                     self._commits.settle()  # it may be writing the parameter from the device
                     self._commits.forget_device_pages()
-                self._before_change(unit)
+                if self._commits is not None:
+                    self._commits.before_change(unit)
                 self._values.write(unit, param, value)
                 self._residency.expire(unit)
 
@@ -419,10 +410,17 @@ class Engine:
         """Most bytes of each tier in use at once so far, in whole pages."""
         page = self.plan.page_bytes
         return {
-            "device": self._residency.peak_frames * page,
+            "device": (self._residency.peak_frames + self.plan.device_state_frames) * page,
             "host": self._store.host_peak_count * page,
             "ssd": self._store.slot_peak_count * page,
         }
+
+    def prediction(self) -> dict[str, Any] | None:
+        """What the plan says that a steady step takes, and the rates that it was made with, measured on this machine;
+        None before enough steps were traced. In JSON: ``step_seconds``; ``busy_seconds`` by channel; ``stall_seconds``
+        by cause; ``traffic_bytes`` by kind of page and link; ``peak_bytes`` by tier; ``bottleneck`` and
+        ``second_bottleneck``, channels; ``rates``."""
+        return self._planning.facts()
 
     @property
     def activation_bytes(self) -> int:
@@ -435,13 +433,24 @@ class Engine:
         return {
             "forward": self._hooks.forward_seconds,
             "backward": self._hooks.backward_seconds,
-            "step": self.step_seconds,
+            "step": self._stepping.seconds,
             "fetch": self._residency.fetch_seconds,
             "gradient_copy": self._gradients.copy_seconds,
             "update_gate": self._updates.gate_seconds,
             "update_compute": update["compute_seconds"],
             "update_io_wait": update["wait_seconds"],
         }
+
+    def record_timeline(
+        self, path: str | Path | None = None, *, steps: int = 3, tokens_per_step: int | None = None
+    ) -> Recording:
+        """Records the timeline of the next ``steps`` steps for `angelptm trace`, and saves it to ``path``; without one
+        the caller saves the returned recording when it is ``done``. Ends a recording that is still under way."""
+        if self._recording is not None:
+            self._recording.stop()
+        where = Path(path) if path is not None else None
+        self._recording = self._record(steps=steps, tokens_per_step=tokens_per_step, path=where)
+        return self._recording
 
     def notes(self) -> list[str]:
         """Sentences that say which I/O backend runs and why, and what makes it slower than it could be."""
@@ -453,8 +462,11 @@ class Engine:
         The model's parameters stay parked.
         """
         with ExitStack() as last:
+            last.callback(self._residency.settle)  # fetches for a step that will not come
             last.callback(self._updates.close)
             last.callback(self._hooks.remove)
+            if self._recording is not None:
+                last.callback(self._recording.stop)
             if self._commits is not None:
                 last.callback(self._commits.close)
             self._updates.drain()

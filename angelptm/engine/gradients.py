@@ -63,8 +63,8 @@ class Gradients:
         self._units = [_UnitGradient() for _ in plan.units]
         self._unit_of = {param.name: unit.layout.index for unit in plan.units for param in unit.layout.params}
         self._open: dict[tuple[int, int], _OpenPage] = {}
-        # One staging frame stays free of gradients, so that the next unit can always be fetched.
-        self._max_open = plan.staging_frames - 1
+        # Units can be fetched all the same, as the fetcher's frames are not counted here.
+        self._max_open = max(1, plan.staging_frames - plan.fetch_frames)
         self._finite = True
         self.copy_seconds = 0.0
 
@@ -152,6 +152,10 @@ class Gradients:
         for key in list(self._open):
             self._spill(key)
         self._mover.drain()
+
+    def uses_ssd(self, unit: int) -> bool:
+        """Whether gradients of the unit live on the SSD."""
+        return "ssd" in self._homes[unit]
 
     def has(self, name: str) -> bool:
         """Whether the parameter has a gradient since the last ``clear``."""

@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from angelptm.engine.residency import Residency, SavedParameter
+from angelptm.engine.scheduler import Scheduler
+from angelptm.engine.tracing import Tracer
 from angelptm.units import Site
 
 
@@ -55,6 +57,14 @@ def _made_since(tensor: torch.Tensor, sequence: int) -> bool:
     return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= sequence
 
 
+class Watcher(Protocol):
+    """Is told where the computing thread is."""
+
+    def enter(self, site: int, phase: str) -> None: ...
+
+    def leave(self) -> None: ...
+
+
 class Hooks:
     """Registers itself on the sites of a model and on the model itself.
 
@@ -77,8 +87,16 @@ class Hooks:
         sites: Sequence[Site],
         residency: Residency,
         compute_dtype: torch.dtype,
+        scheduler: Scheduler,
     ) -> None:
+        self.model = model
         self._residency = residency
+        self._scheduler = scheduler
+        self.tracer: Tracer | None = None
+        """Told of every use while a step is traced."""
+        self.timeline: Watcher | None = None
+        """Told of every use, and of the end of each pass, while a timeline is recorded."""
+        self._at: tuple[int, str] | None = None  # where the backward pass is
         self._compute_dtype = compute_dtype
         self._in_backward = False
         self._depth = 0
@@ -95,21 +113,22 @@ class Hooks:
         """Most bytes that autograd kept for backward in any one forward pass, arena memory not counted."""
         # Entering the model comes before its own site's fetch, and leaving it after.
         self._handles.append(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
-        for site in sites:
+        for index, site in enumerate(sites):
             module = model.get_submodule(site.module_name)
-            self._attach(module, site)
+            self._attach(module, site, index)
         self._handles.append(model.register_forward_hook(self._leave_model, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _attach(self, module: nn.Module, site: Site) -> None:
+    def _attach(self, module: nn.Module, site: Site, index: int) -> None:
         # A leaf whose weight autograd did not save (an embedding saves only indices) needs no fetch for its backward.
         needed_if_saved = not any(True for _ in module.children())
 
         def enter(_module: nn.Module, _args: Any) -> None:
             pinned = []
+            self._come_to(index, "recompute" if _in_graph_task() else "forward")
             try:
                 for unit in site.units:
                     self._residency.pin(unit)
@@ -130,6 +149,8 @@ class Hooks:
             _, entered = self._pinned.pop()
             for unit in site.units:
                 self._residency.unpin(unit)
+            if self.tracer is not None:
+                self.tracer.leave_forward(index, sum(self._saved_storages.values()))
             if torch.is_grad_enabled():
                 for tensor in tensors_in(output if own is None else own):
                     if _made_since(tensor, entered):
@@ -138,17 +159,37 @@ class Hooks:
 
         def come_back(_gradient: torch.Tensor) -> None:
             self._enter_backward()
+            self._come_back_to(index)
             for unit in site.units:
                 self._residency.enter_backward(unit)
 
         def come_back_if_saved(_gradient: torch.Tensor) -> None:
             self._enter_backward()
-            for unit in site.units:
-                if unit in self._saved_units:
+            if needed := [unit for unit in site.units if unit in self._saved_units]:
+                self._come_back_to(index)
+                for unit in needed:
                     self._residency.enter_backward(unit)
 
         self._handles.append(module.register_forward_pre_hook(enter))
         self._handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def _come_to(self, index: int, phase: str) -> None:
+        self._at = None
+        if phase == "forward" and not torch.is_grad_enabled():
+            return  # an evaluation
+        if self.tracer is not None:
+            self.tracer.enter(index, phase)
+        if self.timeline is not None:
+            self.timeline.enter(index, phase)
+        self._scheduler.enter(index, phase)
+
+    def _come_back_to(self, index: int) -> None:
+        """The backward pass comes to a site, for the first of its outputs or for another one."""
+        if self._at == (index, "backward"):
+            return
+        self._residency.go_on()
+        self._come_to(index, "backward")
+        self._at = (index, "backward")
 
     def _open_saving(self) -> None:
         """Begins to keep references instead of arena tensors, unless we do already or the user's own hooks do."""
@@ -201,6 +242,8 @@ class Hooks:
         self._close_saving()
         if self._depth == 0:
             self.forward_seconds += time.perf_counter() - self._forward_start
+            if self.timeline is not None:
+                self.timeline.leave()
             self.activation_bytes = max(self.activation_bytes, sum(self._saved_storages.values()))
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | SavedParameter:
@@ -226,6 +269,10 @@ class Hooks:
     def _end_backward(self) -> None:
         self._in_backward = False
         self.backward_seconds += time.perf_counter() - self._backward_start
+        if self.tracer is not None:
+            self.tracer.end_backward()
+        if self.timeline is not None:
+            self.timeline.leave()
         self._residency.leave_backward()
 
     def abandon_backward(self) -> None:

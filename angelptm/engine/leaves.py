@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -57,12 +58,13 @@ class UnitLeaves:
         device: Device,
         dtype: torch.dtype,
         gradient_is_paged: Callable[[str], bool],
-        on_gradient: Callable[[int, ParamLayout, torch.Tensor], None],
+        on_gradient: Callable[[int, int, ParamLayout, torch.Tensor], None],
         *,
         one_leaf: bool,
     ) -> None:
-        """``one_leaf``: the owners of a tied parameter share their leaf from the first backward pass on, as they must
-        where pages keep gradients in more precision than autograd does."""
+        """``on_gradient`` gets unit, leaf, parameter and gradient. ``one_leaf``: the owners of a tied parameter share
+        their leaf from the first backward pass on, as they must where pages keep gradients in more precision than
+        autograd does."""
         self.layout = layout
         self.placed = False
         self._device = device
@@ -108,6 +110,11 @@ class UnitLeaves:
             put(slot.module, slot.attribute, first.setdefault(name, leaf) if shared else leaf)
         self.placed = True
 
+    def forget(self) -> None:
+        """Drops the leaves, as the unit gets another place. No graph of theirs will be used any more."""
+        assert not self.placed, "parked"
+        self._leaves.clear()
+
     def park(self) -> None:
         for slot in self._slots:
             put(slot.module, slot.attribute, slot.parked)
@@ -117,20 +124,30 @@ class UnitLeaves:
         if arena_offset not in self._leaves:
             # Also when the first use of all is an evaluation, whose tensors could never be trained.
             with torch.inference_mode(False):
-                self._leaves[arena_offset] = [self._make(slot.layout, arena_offset) for slot in self._slots]
+                self._leaves[arena_offset] = [
+                    self._make(index, slot.layout, arena_offset) for index, slot in enumerate(self._slots)
+                ]
         return self._leaves[arena_offset]
 
-    def _make(self, param: ParamLayout, arena_offset: int) -> nn.Parameter:
+    def _make(self, index: int, param: ParamLayout, arena_offset: int) -> nn.Parameter:
         start = arena_offset + param.offset * self._dtype.itemsize
         view = self._device.view(start, param.shape, contiguous_stride(param.shape), self._dtype)
         leaf = nn.Parameter(view, requires_grad=param.trainable)
         leaf.param_name = param.name  # type: ignore[attr-defined]
         if param.trainable:
+            # Autograd's own reference to the hook is one that Python's collector does not see, so the hook must not
+            # keep what keeps the leaf.
+            on_gradient = WeakMethod(self._take)
 
             def take(grown: torch.Tensor) -> None:
                 assert grown.grad is not None, "the hook runs after accumulation"
                 gradient, grown.grad = grown.grad, None
-                self._on_gradient(self.layout.index, param, gradient)
+                taken_by = on_gradient()
+                assert taken_by is not None, "the model's hooks keep the engine's parts"
+                taken_by(index, param, gradient)
 
             leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
         return leaf
+
+    def _take(self, index: int, param: ParamLayout, gradient: torch.Tensor) -> None:
+        self._on_gradient(self.layout.index, index, param, gradient)

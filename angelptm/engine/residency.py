@@ -1,21 +1,21 @@
-"""Which units are in the device arena, and the moves that bring them there."""
+"""Which units are in the device arena, and the fetches that bring them there, ahead of use or on demand."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import angelptm_native as native
 import torch
 
 from angelptm.device import Device
 from angelptm.engine.leaves import UnitLeaves
-from angelptm.engine.loading import loading
 from angelptm.engine.parked import ParkedParameter
 from angelptm.engine.updates import Updates
 from angelptm.errors import AngelPTMError, CapacityError
-from angelptm.pages import PageIds
+from angelptm.pages import PageIds, naming
 from angelptm.plan import Plan
 
 
@@ -23,53 +23,78 @@ from angelptm.plan import Plan
 class _State:
     """A unit's place in the arena, in frames. ``offset`` is None while it is not there.
 
-    ``pins`` counts the modules that are computing with it, which may not lose it. ``in_backward`` marks a unit whose
-    gradients are still coming: it stays unless its frames are needed, and comes back on use. ``version`` counts changes
-    of its parameters.
+    ``arriving`` is the ticket of a fetch whose end nobody has seen. ``pins`` counts the modules that are computing with
+    the unit, which may not lose it. ``in_backward`` marks a unit whose gradients are still coming: it stays unless its
+    frames are needed, and comes back on use; a fetch ahead of use may not take its frames before it is ``finished``.
+    ``version`` counts changes of its parameters.
     """
 
     planned_offset: int
     frames: int
+    leaves: int
     offset: int | None = None
+    arriving: native.Ticket | None = None
+    ahead: bool = False
     pins: int = 0
     in_backward: bool = False
+    gradients: int = 0
+    finished: bool = False
     version: int = 0
 
 
-class Residency:
-    """Fetches units on demand into their planned frames and parks them.
+@dataclass
+class FetchCounts:
+    """What happened so far. ``stall_seconds``: that computing waited, by cause."""
 
-    A unit placed in its modules is resident and current; a resident unit is current, since an update makes it leave.
+    fetches: int = 0
+    ahead: int = 0
+    on_demand: int = 0
+    off_plan: int = 0
+    stall_seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Residency:
+    """Fetches units into their planned frames and parks them.
+
+    A unit placed in its modules is resident and current; a resident unit is current or arriving, since an update makes
+    it leave.
     """
 
     def __init__(
         self,
         plan: Plan,
         pages: PageIds,
-        store: native.Store,
+        fetcher: native.Fetcher,
         device: Device,
         leaves: Sequence[UnitLeaves],
         updates: Updates,
         name_page: Callable[[int], str],
+        deadline_seconds: float,
     ) -> None:
         self._plan = plan
         self._name_page = name_page
         self._pages = pages
-        self._mover = store.mover
+        self._fetcher = fetcher
+        self._deadline_seconds = deadline_seconds
         self._device = device
         self._leaves = leaves
         self._updates = updates
-        self._units = [_State(unit.frame_offset, unit.frame_count) for unit in plan.units]
+        self._units = [
+            _State(unit.frame_offset, unit.frame_count, sum(len(p.owners) for p in unit.layout.params if p.trainable))
+            for unit in plan.units
+        ]
         self._on_device = [not unit.params for unit in pages]
         for state, always in zip(self._units, self._on_device):
             if always:
                 state.offset = state.planned_offset
+        self.counts = FetchCounts()
         self.fetch_seconds = 0.0
-        self.fetch_count = 0
-        self.off_plan_count = 0
-        self.peak_frames = self._used_frames()
+        self.stall_listeners: list[Callable[[str, float, float], None]] = []
+        """Called with cause, start and end (time.perf_counter) of each wait of the computing thread for a unit."""
+        self.peak_frames = self.used_frames
 
-    def _used_frames(self) -> int:
+    @property
+    def used_frames(self) -> int:
         return sum(state.frames for state in self._units if state.offset is not None)
 
     def arena_offset(self, unit: int) -> int:
@@ -86,16 +111,113 @@ class Residency:
                 return unit
         return None
 
+    def versions(self) -> list[int]:
+        """How often each unit's parameters have changed."""
+        return [state.version for state in self._units]
+
+    def is_trained(self, unit: int) -> bool:
+        """Whether a step may change the unit."""
+        return self._units[unit].leaves > 0
+
     def fetch(self, unit: int) -> None:
         """Makes a unit resident with its newest parameters; returns when they are there."""
         state = self._units[unit]
-        self._updates.wait_for(unit)
-        if state.offset is not None:
+        if self._on_device[unit]:
+            if not self._updates.is_published(unit):
+                start = time.perf_counter()
+                self._updates.wait_until_published(unit)
+                self._stalled("update", unit, start)
             return
+        if state.offset is None:
+            self.counts.on_demand += 1
+            self._begin(unit, self._make_room(unit), urgent=True)
+        if state.arriving is not None:
+            self._await(unit, state)
+
+    def wait_for_update(self, unit: int) -> None:
+        """Returns when the unit's last update is over and its pages are free: the computing thread stands still till
+        then. Raises what went wrong in it."""
+        ticket = self._updates.ticket(unit)
+        waits, start = ticket is not None and not ticket.done(), time.perf_counter()
+        self._updates.wait_for(unit)
+        if waits:
+            self._tell("update", unit, start, time.perf_counter())
+
+    def fetch_ahead(self, unit: int) -> bool:
+        """Begins the fetch of a unit that will be used soon, if the units in its planned frames can be spared now.
+
+        Says whether it is resident or on its way. Waits for nothing.
+        """
+        state = self._units[unit]
+        if state.offset is not None:
+            return True
+        for other in self._occupants(state.planned_offset, state.frames):
+            occupant = self._units[other]
+            busy = occupant.pins > 0 or self._on_device[other] or (occupant.in_backward and not occupant.finished)
+            if busy or (occupant.arriving is not None and not occupant.arriving.done()):
+                return False
+        self._evict_overlapping(state.planned_offset, state.frames)
+        self.counts.ahead += 1
+        self._begin(unit, state.planned_offset, urgent=False)
+        return True
+
+    def _begin(self, unit: int, offset: int, *, urgent: bool) -> None:
+        state = self._units[unit]
+        start = offset * self._plan.page_bytes
+        items = [
+            (page, self._device.address(start + index * self._plan.page_bytes))
+            for index, page in enumerate(self._pages[unit].params)
+        ]
+        what = f"unit {self._plan.units[unit].layout.name}, which is fetched to the device"
+        state.arriving = self._fetcher.fetch(what, items, after=self._updates.ticket(unit), urgent=urgent)
+        state.offset = offset
+        state.ahead = not urgent
+        self.counts.fetches += 1
+        self.peak_frames = max(self.peak_frames, self.used_frames)
+
+    def _await(self, unit: int, state: _State) -> None:
+        assert state.arriving is not None, "the caller has looked"
         start = time.perf_counter()
-        self._load(unit, self._make_room(unit))
-        self.fetch_seconds += time.perf_counter() - start
-        self.fetch_count += 1
+        cause = "fetch" if self._updates.is_published(unit) else "update"
+        waits = not state.arriving.done()
+        try:
+            with naming(self._name_page):
+                state.arriving.wait(self._deadline_seconds)
+        except BaseException:
+            if state.arriving.done():  # else somebody may still write there
+                state.offset = state.arriving = None
+            raise
+        state.arriving = None
+        if waits:
+            self._stalled(cause, unit, start)
+
+    def _stalled(self, cause: str, unit: int, start: float) -> None:
+        end = time.perf_counter()
+        self.fetch_seconds += end - start
+        self._tell(cause, unit, start, end)
+
+    def _tell(self, cause: str, unit: int, start: float, end: float) -> None:
+        name = f"{cause} of {self._plan.units[unit].layout.name}"
+        self.counts.stall_seconds[name] = self.counts.stall_seconds.get(name, 0.0) + end - start
+        for listener in self.stall_listeners:
+            listener(name, start, end)
+
+    def settle(self) -> None:
+        """Returns when no fetch is on its way, whatever became of it."""
+        for state in self._units:
+            if state.arriving is not None:
+                with suppress(Exception):
+                    state.arriving.wait(self._deadline_seconds)
+
+    def place_at(self, offsets: Sequence[int]) -> None:
+        """Gives units new planned frames, between steps: what is resident elsewhere leaves."""
+        for unit, (state, offset) in enumerate(zip(self._units, offsets)):
+            if self._on_device[unit] or state.planned_offset == offset:
+                continue
+            assert state.pins == 0, "nothing computes between steps"
+            self._evict(unit)
+            self._leaves[unit].forget()
+            state.planned_offset = offset
 
     def pin(self, unit: int) -> None:
         """Fetches a unit and places it in its modules, until as many calls of ``unpin``."""
@@ -113,8 +235,23 @@ class Residency:
     def enter_backward(self, unit: int) -> None:
         """Fetches and places a unit for its backward pass, until ``leave_backward``."""
         self.fetch(unit)
-        self._units[unit].in_backward = True
+        state = self._units[unit]
+        if not state.in_backward:
+            state.gradients = 0
+        state.in_backward, state.finished = True, False
         self._leaves[unit].place(self.arena_offset(unit))
+
+    def go_on(self) -> None:
+        """The backward pass has come to another site: what it was at before can be spared."""
+        for state in self._units:
+            state.finished |= state.in_backward
+
+    def gradient_came(self, unit: int) -> None:
+        """One of the unit's leaves has its gradient: after the last one its backward pass is over."""
+        state = self._units[unit]
+        state.gradients += 1
+        if state.gradients >= state.leaves:
+            state.finished = True
 
     def leave_backward(self) -> None:
         """Parks every unit that no module is computing with: the backward pass is over."""
@@ -140,14 +277,24 @@ class Residency:
     def _evict(self, unit: int) -> None:
         if self._leaves[unit].placed:
             self._leaves[unit].park()
-        self._units[unit].offset = None
-        self._units[unit].in_backward = False
+        state = self._units[unit]
+        if state.arriving is not None:
+            # Whoever has the frames next must not be written over. What went wrong is for those who use the unit.
+            with suppress(Exception):
+                state.arriving.wait(self._deadline_seconds)
+            if not state.arriving.done():
+                raise native.DeadlineError(
+                    f"waited {self._deadline_seconds} s for the fetch of unit {self._plan.units[unit].layout.name}, "
+                    "which is no longer needed, to let go of its frames"
+                )
+        state.offset = state.arriving = None
+        state.in_backward = False
 
     def _make_room(self, unit: int) -> int:
         """Frees the unit's planned frames, or finds others when a unit in use holds some of them."""
         state = self._units[unit]
         if self._blockers(state.planned_offset, state.frames):
-            self.off_plan_count += 1
+            self.counts.off_plan += 1
             return self._other_room(unit)
         self._evict_overlapping(state.planned_offset, state.frames)
         return state.planned_offset
@@ -185,15 +332,6 @@ class Residency:
             "Raise tiers.device.",
         )
 
-    def _load(self, unit: int, offset: int) -> None:
-        start = offset * self._plan.page_bytes
-        with loading(self._mover, self._pages[unit].params, self._name_page):
-            while (page := self._mover.next_loaded()) is not None:
-                index, address, size = page
-                self._device.copy_in(start + index * self._plan.page_bytes, address, size)
-        self._units[unit].offset = offset
-        self.peak_frames = max(self.peak_frames, self._used_frames())
-
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the arena. A parked parameter lies nowhere."""
         return not isinstance(tensor, ParkedParameter) and self._device.offset_of(tensor) is not None
@@ -225,8 +363,7 @@ class Residency:
                 f"backward: the parameters of unit {self._plan.units[saved.unit].layout.name} were updated since the "
                 "forward pass of this graph. Call backward before step, or run the forward pass again."
             )
-        if self._units[saved.unit].offset is None:
-            self.fetch(saved.unit)
+        self.fetch(saved.unit)
         start = self.arena_offset(saved.unit) + saved.offset
         return self._device.view(start, saved.shape, saved.stride, saved.dtype)
 

@@ -19,7 +19,7 @@ from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, make_plan
 from angelptm.units import Structure, UnitLayout, find_structure, pack
 
 _MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1}
-_ITEMSIZE = {"fp32": 4, "bf16": 2}
+ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
 def grad_precision(config: Config) -> str:
@@ -35,7 +35,7 @@ def parameter(model: nn.Module, owner: tuple[str, str]) -> torch.Tensor:
 def lay_out(model: nn.Module, config: Config) -> tuple[Structure, list[UnitLayout]]:
     """The model's units in pages of the configured size. Reads shapes and requires_grad, no values."""
     structure = find_structure(model, config.units.classes)
-    page_elements = config.page_size // _ITEMSIZE[config.precision]
+    page_elements = config.page_size // ITEMSIZE[config.precision]
     layouts = []
     for index, unit in enumerate(structure.units):
         params = []
@@ -84,6 +84,7 @@ def budgets_of(config: Config, buffer_bytes: int = 0) -> Budgets:
         update_threads=None if config.update.threads == "auto" else config.update.threads,
         ring_depth=None if config.update.ring_depth == "auto" else config.update.ring_depth,
         queue_depth=config.io.queue_depth,
+        states_on_device=True,  # where the CPU updates them in place, as it can on the CPU device
         cores=len(os.sched_getaffinity(0)),
         commits=None
         if commits is None
@@ -111,8 +112,8 @@ def plan_of(structure: Structure, layouts: Sequence[UnitLayout], config: Config,
         layouts,
         [(site.units, site.depth) for site in structure.sites],
         budgets_of(config, buffer_bytes),
-        param_itemsize=_ITEMSIZE[config.precision],
-        grad_itemsize=_ITEMSIZE[grad_precision(config)],
+        param_itemsize=ITEMSIZE[config.precision],
+        grad_itemsize=ITEMSIZE[grad_precision(config)],
         moment_count=_MOMENTS[config.optimizer.type],
     )
 

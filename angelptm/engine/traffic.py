@@ -16,23 +16,33 @@ class Traffic:
     they are published in.
     """
 
-    def __init__(self, store: native.Store, device: Device, updates: Updates, commits: Commits | None) -> None:
+    def __init__(
+        self,
+        store: native.Store,
+        device: Device,
+        updates: Updates,
+        fetcher: native.Fetcher,
+        commits: Commits | None,
+    ) -> None:
         self._store = store
         self._commits = commits
         self._device = device
         self._updates = updates
+        self._fetcher = fetcher
 
     def bytes(self) -> dict[str, dict[str, int]]:
         mover = self._store.mover
         update = self._updates.utilisation()
-        ssd_read = mover.read_bytes + int(update["read_bytes"])
+        fetched = self._fetcher.totals
+        to_device = int(fetched["copied_bytes"])
+        ssd_read = mover.read_bytes + int(update["read_bytes"]) + int(fetched["read_bytes"])
         ssd_written = mover.written_bytes + int(update["written_bytes"])
         if self._commits is not None:
             ssd_written += self._commits.written_bytes
         return {
-            "device": {"read": self._device.read_bytes, "written": self._device.written_bytes},
+            "device": {"read": self._device.read_bytes, "written": to_device},
             "host": {
-                "read": self._device.written_bytes + ssd_written,
+                "read": to_device + ssd_written,
                 "written": ssd_read + self._device.read_bytes + int(update["published_bytes"]),
             },
             "ssd": {"read": ssd_read, "written": ssd_written},

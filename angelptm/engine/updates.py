@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import angelptm_native as native
 
@@ -11,6 +12,12 @@ from angelptm.pages import PageIds, naming
 from angelptm.plan import Plan, UnitPlan
 
 Segment = tuple[int, int, int]  # start in the span, element count, index of the hyperparameters
+
+
+@dataclass(frozen=True)
+class _Tickets:
+    done: native.Ticket
+    published: native.Ticket
 
 
 class Updates:
@@ -28,13 +35,16 @@ class Updates:
         device_params: Mapping[tuple[int, int], int],
         deadline_seconds: float,
         name_page: Callable[[int], str],
+        fetcher: native.Fetcher,
+        memory: object,
     ) -> None:
         """``device_params``: address of each (unit, span) whose parameters live on the device. ``name_page`` says what
-        a page holds, for messages."""
+        a page holds, for messages. ``fetcher`` gets new parameters as they are published. ``memory``
+        owns what the threads write to on the device."""
         self._name_page = name_page
         self._plan = plan
         self._deadline_seconds = deadline_seconds
-        self._tickets: dict[int, native.Ticket] = {}
+        self._tickets: dict[int, _Tickets] = {}
         self._first_span: list[int] = []
         self.gate_seconds = 0.0
         spans: list[native.Span] = []
@@ -60,10 +70,16 @@ class Updates:
             rule=rule,
             grad_dtype=grad_dtype,
             param_dtype=param_dtype,
+            write_depth=plan.write_depth,
+            fetcher=fetcher,
+            memory=memory,
         )
 
-    def submit(self, unit: int, updated: Sequence[tuple[int, int, int]], hypers: Sequence[native.Hyper]) -> None:
-        """Updates parts of a unit. ``updated``: (start, end, hyper index) runs of elements, ascending and disjoint."""
+    def submit(
+        self, unit: int, updated: Sequence[tuple[int, int, int]], hypers: Sequence[native.Hyper], rank: int
+    ) -> None:
+        """Updates parts of a unit. ``updated``: (start, end, hyper index) runs of elements, ascending and disjoint.
+        Of what is queued, units of the lowest ``rank`` go first."""
         assert self._updater is not None, "not closed"
         assert unit not in self._tickets, "the gradients of a unit come after the wait for its former update"
         plan = self._plan.units[unit]
@@ -73,22 +89,57 @@ class Updates:
             if segments
         ]
         if work:
-            self._tickets[unit] = self._updater.submit(f"the update of unit {plan.layout.name}", work, list(hypers))
+            what = f"the update of unit {plan.layout.name}"
+            self._tickets[unit] = _Tickets(*self._updater.submit(what, work, list(hypers), rank))
+
+    def expect(self, units: Sequence[int]) -> None:
+        """The units whose gradients come next, in order: their states are read while the SSD has nothing else to do."""
+        assert self._updater is not None, "not closed"
+        spans = [
+            self._first_span[unit] + span
+            for unit in units
+            for span, plan in enumerate(self._plan.units[unit].spans)
+            if plan.states_home == "ssd"
+        ]
+        self._updater.expect(spans)
+
+    def recall(self) -> None:
+        """To be called before states are written to by anybody else: gives up what is read ahead of them."""
+        if self._updater is not None:
+            self._updater.recall()
 
     def wait_for(self, unit: int) -> None:
-        """Returns when the unit's last update is published; raises what went wrong in it."""
-        ticket = self._tickets.get(unit)
-        if ticket is None:
+        """Returns when the unit's last update is over and its pages are free; raises what went wrong in it."""
+        tickets = self._tickets.get(unit)
+        if tickets is None:
             return
+        self._wait(tickets.done)
+        del self._tickets[unit]
+
+    def wait_until_published(self, unit: int) -> None:
+        """Returns when the unit's new parameters can be read, which is before their states are written."""
+        tickets = self._tickets.get(unit)
+        if tickets is not None:
+            self._wait(tickets.published)
+
+    def _wait(self, ticket: native.Ticket) -> None:
         start = time.perf_counter()
         with naming(self._name_page):
             ticket.wait(self._deadline_seconds)
         self.gate_seconds += time.perf_counter() - start
-        del self._tickets[unit]
+
+    def ticket(self, unit: int) -> native.Ticket | None:
+        """Of the unit's update under way; None without one."""
+        tickets = self._tickets.get(unit)
+        return tickets.done if tickets is not None else None
+
+    def is_published(self, unit: int) -> bool:
+        tickets = self._tickets.get(unit)
+        return tickets is None or tickets.published.done()
 
     def pending(self) -> dict[int, native.Ticket]:
         """The tickets of the updates under way, by unit."""
-        return dict(self._tickets)
+        return {unit: tickets.done for unit, tickets in self._tickets.items()}
 
     def drain(self) -> None:
         """Waits for every unit."""

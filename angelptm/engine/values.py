@@ -41,6 +41,7 @@ class Values:
         device: Device,
         dtype: torch.dtype,
         updates: Updates,
+        fetcher: native.Fetcher,
         name_page: Callable[[int], str],
     ) -> None:
         self._plan = plan
@@ -51,6 +52,7 @@ class Values:
         self._device = device
         self._dtype = dtype
         self._updates = updates
+        self._fetcher = fetcher
 
     def fill(self, unit: int, values: Mapping[str, torch.Tensor]) -> None:
         """Writes a unit's first content. ``values``: each parameter, of its own shape, in memory; fp32 keeps all bits.
@@ -104,6 +106,7 @@ class Values:
             fill(self._store.home_address(run.page))
             self._store.publish_in_place(run.page)
         else:
+            self._fetcher.let_go()
             frame = self._mover.staging_frame()
             fill(self._mover.address(frame))
             self._mover.write_behind(run.page, frame)
@@ -128,6 +131,7 @@ class Values:
         """Replaces a parameter: the fp32 master gets ``value``, the parameter the same in compute precision."""
         assert value.shape == param.shape, "a value has its parameter's shape"
         self._updates.wait_for(unit)
+        self._updates.recall()
         for master in (True, False) if param.trainable else (False,):
             source = value.detach().to(torch.float32 if master else self._dtype).contiguous()
             itemsize = source.dtype.itemsize
@@ -147,6 +151,7 @@ class Values:
         self._mover.drain()
 
     def _load(self, page: int) -> int:
+        self._fetcher.let_go()
         with loading(self._mover, [page], self._name_page):
             loaded = self._mover.next_loaded()
         assert loaded is not None, "one page was asked for"

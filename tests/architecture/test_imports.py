@@ -25,6 +25,7 @@ LAYERS: dict[str, str] = {
     "angelptm.plan": "angelptm.sizes angelptm.errors angelptm.units.layout",
     "angelptm.kernels": "angelptm_native",
     "angelptm.heap": "angelptm_native",
+    "angelptm.timeline": "angelptm.errors angelptm.foreign angelptm.sizes angelptm_native",
     "angelptm.pages": "angelptm.errors angelptm.plan angelptm.units.layout angelptm_native",
     "angelptm.checkpoint": "angelptm.errors angelptm.sizes angelptm.units.layout angelptm_native io_engine",
     "angelptm.checkpoint.dcp": "angelptm.errors angelptm.checkpoint",  # the one that knows torch
@@ -33,14 +34,15 @@ LAYERS: dict[str, str] = {
     "angelptm.model": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.heap angelptm.config angelptm.units "
     "angelptm.model.presets",
     "angelptm.engine": "angelptm.version angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint "
-    "angelptm.units angelptm.plan angelptm.kernels angelptm.pages angelptm.device angelptm.model angelptm_native",
+    "angelptm.units angelptm.plan angelptm.kernels angelptm.timeline angelptm.pages angelptm.device angelptm.model "
+    "angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units angelptm.plan "
-    "angelptm.data angelptm.model angelptm.engine io_engine",
+    "angelptm.data angelptm.model angelptm.timeline angelptm.engine io_engine",
     # The public names.
     "angelptm": "angelptm.version angelptm.errors angelptm.config angelptm.engine angelptm.model.materialize",
     "angelptm.cli": "angelptm angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units "
-    "angelptm.plan angelptm.kernels angelptm.data angelptm.model angelptm.engine angelptm.train angelptm_native "
-    "io_engine",
+    "angelptm.plan angelptm.kernels angelptm.timeline angelptm.data angelptm.model angelptm.engine angelptm.train "
+    "angelptm_native io_engine",
     "io_engine": "angelptm_native",  # files, offsets and bytes: it knows no page and no unit
 }
 
@@ -49,11 +51,12 @@ WITHOUT_TORCH = ["angelptm.sizes", "angelptm.errors", "angelptm.config", "angelp
 
 # The engine is built in two tiers of its own: I/O below, kernels beside it, pages on I/O, the updater on all three.
 INCLUDES: dict[str, str] = {
+    "timeline": "",
     "io": "",
     "kernels": "",
-    "pages": "io",
-    "update": "io kernels pages",
-    "bind": "io kernels pages update",
+    "pages": "timeline io",
+    "update": "timeline io kernels pages",
+    "bind": "timeline io kernels pages update",
 }
 
 

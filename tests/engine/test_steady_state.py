@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ from angelptm.engine import Engine
 
 from .conftest import MakeEngine
 from .models import FAMILIES, GPT2, PLAIN, Family, loss_of
-from .training import batches_of, train_step
+from .training import batches_of, tight_config, train_step
 
 PLACEMENTS = {
     "ssd": {"param": "ssd", "grad": "ssd", "states": "ssd"},
@@ -22,6 +26,7 @@ PLACEMENTS = {
 
 def _counts(engine: Engine) -> tuple[int, int, int]:
     engine.drain()
+    engine._fetcher.let_go()  # what it keeps of published pages for the next fetch
     return engine._store.host_used_count, engine._store.slot_used_count, engine._store.page_count
 
 
@@ -75,8 +80,31 @@ def test_evaluation_interruption_and_access_hold_nothing(make_engine: MakeEngine
 def test_leaves_are_made_once(make_engine: MakeEngine) -> None:
     engine = make_engine(GPT2.model())
     made = []
-    for step in range(4):
+    for step in range(7):
         train_step(engine, batches_of(GPT2, engine.config, step))
         made.append([id(leaf) for leaves in engine._leaves for at in leaves._leaves.values() for leaf in at])
-    assert made[0] == made[-1]
-    assert engine._residency.off_plan_count == 0, "every fetch of a plain step is at its planned place"
+    assert made[4] == made[-1], "made for the first steps, which have no plan yet, and for those with a plan"
+    assert engine._residency.counts.off_plan == 0, "every fetch of a plain step is at its planned place"
+
+
+def test_dropped_engine_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither files, nor threads, nor the engine itself: a process may make many."""
+
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def use_one() -> weakref.ref[Engine]:
+        engine = Engine(GPT2.model(), tight_config(GPT2.model(), tmp_path))
+        for step in range(4):
+            train_step(engine, [GPT2.batch(step)])
+        engine.close()
+        return weakref.ref(engine)
+
+    use_one()
+    gc.collect()
+    files, threads = open_files(), len(os.listdir("/proc/self/task"))
+    engine = use_one()
+    gc.collect()
+    assert engine() is None
+    assert open_files() == files
+    assert len(os.listdir("/proc/self/task")) == threads

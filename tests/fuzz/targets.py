@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import os
 import tempfile
@@ -33,9 +34,17 @@ from angelptm.data.tokens import TokenSource
 from angelptm.errors import CheckpointError, ConfigError, DataError
 from angelptm.model.materialize import materialize, source_of
 from angelptm.model.sources import SafetensorsValues
+from angelptm.timeline import load as load_timeline
+from angelptm.timeline import save as save_timeline
+from angelptm.timeline.figures import figures_of
+from angelptm.timeline.perfetto import trace_events
+from angelptm.timeline.report import render_report
+from angelptm.timeline.run_files import RunFiles, read_run
 from io_engine import IoError
 
 from ..checkpoint.builder import Commit, make_commit
+from ..timeline.runs import make_run as make_timeline_run
+from ..timeline.runs import timeline as make_timeline
 from .mutations import Field, Files
 
 OUTSIDE = "outside"
@@ -408,6 +417,47 @@ class Checkpoint(Target):
                 return not reader.verify()
 
 
+class TimelineFile(Target):
+    """A timeline by itself, and what is made of it."""
+
+    name = "timeline"
+
+    @functools.cache  # noqa: B019
+    def seeds(self) -> list[Files]:
+        with tempfile.TemporaryDirectory() as work:
+            path = Path(work) / "timeline.json"
+            save_timeline(make_timeline(steps=1), path)
+            return [{"timeline.json": gzip.decompress(path.read_bytes())}, {"timeline.json": path.read_bytes()}]
+
+    def run(self, folder: Path) -> bool:
+        found = load_timeline(folder / "timeline.json")
+        trace_events(found)
+        return _report(RunFiles(folder, found))
+
+
+class RunFolderFiles(Target):
+    """The planner's files and the run's own, beside a timeline that is whole: the report says what it cannot read."""
+
+    name = "run-files"
+    suite_count = 600
+
+    @functools.cache  # noqa: B019
+    def seeds(self) -> list[Files]:
+        with tempfile.TemporaryDirectory() as work:
+            run = make_timeline_run(Path(work) / "run")
+            return [{path.name: path.read_bytes() for path in run.iterdir()}]
+
+    def run(self, folder: Path) -> bool:
+        return _report(read_run(folder))
+
+
+def _report(run: RunFiles) -> bool:
+    content = render_report(run, figures_of(run))
+    assert "<script" not in content
+    assert len(content) < 1 << 24
+    return True
+
+
 TARGETS: list[Target] = [
     NanoGpt(),
     Megatron(),
@@ -422,4 +472,6 @@ TARGETS: list[Target] = [
         allowed=(CheckpointError,),
     ),
     Checkpoint(),
+    TimelineFile(),
+    RunFolderFiles(),
 ]

@@ -20,6 +20,9 @@ from crash.power_cut import cut_power, names_in
 from crash.variants import config_of
 from crash.watch import METRICS, Kill
 
+# Written by each process about its own steps, if it takes enough of them.
+_OF_ONE_PROCESS = {"tensorboard", "trace.json", "rates.json", "schedule.json", "prediction.json", "timeline.json.gz"}
+
 
 class BrokenPromiseError(Exception):
     """What was found, and what should have been."""
@@ -192,11 +195,13 @@ def _digests(reader: CommitReader) -> Sequence[tuple[str, Kind, str]]:
 
 
 def _file_names(root: Path, ids: Sequence[str]) -> set[str]:
-    """Relative names, the store's id replaced, since every first start draws another one."""
+    """Relative names, the store's id replaced, since every first start draws another one. TensorBoard's files are left
+    out: each part of a run has one of its own, named after the time."""
     # The id of a set of which no file was made yet when the process was killed stays known.
     ids = [one for one in ids if any(root.rglob(f"angelptm-{one}-*.pages"))]
     expect(len(ids) == 1, f"{len(ids)} sets of slot files, not 1")
-    return {str(path.relative_to(root)).replace(ids[0], "ID") for path in names_in(root)}
+    named = {path for path in names_in(root) if not _OF_ONE_PROCESS & set(path.relative_to(root).parts)}
+    return {str(path.relative_to(root)).replace(ids[0], "ID") for path in named}
 
 
 def _promised(files: Files) -> int:

@@ -1,0 +1,192 @@
+"""How fast a run's own channels are: a fraction of a second on its drive, memory and kernel, between two steps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import angelptm_native as native
+import torch
+
+from angelptm import kernels
+from angelptm.plan import Plan, Rates
+
+_log = logging.getLogger("angelptm")
+
+_DRIVE_SECONDS = 0.25
+_CORE_SECONDS = 0.02  # for each rate that is measured on a core
+_BESIDE_SECONDS = 0.1  # for computing and updating beside each other: many of the scheduler's slices
+_LEAST_WATCHED_SECONDS = 0.1
+_MATMUL_ROWS, _MATMUL_SIZE = 256, 1024
+_MOST_SCRATCH_ELEMENTS = 1 << 19  # 10 MiB of scratch memory: more than a core's own caches
+# Of a common NVMe drive: for what no transfer of this run ever meets, or when the drive gave no answer.
+_NOMINAL_DRIVE = {
+    "read_bytes_per_s": 2e9,
+    "write_bytes_per_s": 1e9,
+    "mixed_bytes_per_s": 1.5e9,
+    "latency_seconds": 1e-4,
+}
+
+
+class DriveWatch:
+    """What the drive gave to the run itself: that is less than a probe of a quarter of a second finds where the drive
+    has a fast cache, or others to serve."""
+
+    def __init__(self, store: native.Store) -> None:
+        self._store = store
+        self._seen = store.drive_use()
+
+    def take(self) -> dict[str, float]:
+        """Bytes per second since the last call, by ``read``, ``write`` (alone) and ``mixed`` (both under way), as far
+        as there was enough of it."""
+        seen, self._seen = self._seen, self._store.drive_use()
+        found = {}
+        for use, (now_bytes, now_seconds) in self._seen.items():
+            size, seconds = now_bytes - seen[use][0], now_seconds - seen[use][1]
+            if size and seconds >= _LEAST_WATCHED_SECONDS:
+                found[f"{use}_bytes_per_s"] = size / seconds
+        return found
+
+
+def measure_rates(
+    store: native.Store,
+    plan: Plan,
+    *,
+    rule: native.Rule,
+    grad_dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    watched: Mapping[str, float] | None = None,
+) -> Rates:
+    """Rates of the run's machine as the run will meet them: transfers of whole pages at its queue depth, its kernel on
+    its types, with the checksums that its placement asks for. ``watched`` rates of the drive, DriveWatch's, go before
+    those that are measured here.
+
+    To be called while nothing moves. Borrows free slots and one frame of the store for the drive, and scratch memory of
+    one span, 10 MiB at most; leaves all content as it is.
+    """
+    drive = _drive(store, plan)
+    for name, rate in (watched or {}).items():
+        # A few transfers alone, among many in both directions, say little of how fast such ones can be.
+        drive[name] = rate if name == "mixed_bytes_per_s" else min(rate, drive[name])
+    elements = max(1, min(_MOST_SCRATCH_ELEMENTS, max((s.elements for u in plan.units for s in u.spans), default=1)))
+    scratch = _Scratch(elements, rule, grad_dtype, param_dtype)
+    spans = [span for unit in plan.units for span in unit.spans]
+    total = sum(span.elements for span in spans) or 1
+    states_staged = sum(span.elements for span in spans if span.states_home == "ssd") / total
+    params_staged = sum(span.elements for span in spans if span.param_home == "ssd") / total
+    check_seconds = _least_seconds(scratch.check) / (elements * 4)  # of a byte
+    kernel_seconds = _least_seconds(scratch.step) / elements
+    # What lives on the SSD is checked when it has come, and sealed before it is written.
+    checked_bytes = 2 * (1 + plan.moment_count) * 4 * states_staged + plan.param_itemsize * params_staged
+    copy_seconds = _least_seconds(scratch.copy) / (elements * 4)
+    compute_share, update_share = _beside(_matmul(param_dtype), scratch.update)
+    return Rates(
+        ssd_read_bytes_per_s=drive["read_bytes_per_s"],
+        ssd_write_bytes_per_s=drive["write_bytes_per_s"],
+        ssd_mixed_bytes_per_s=drive["mixed_bytes_per_s"],
+        ssd_latency_seconds=drive["latency_seconds"],
+        host_to_device_bytes_per_s=1 / (copy_seconds + check_seconds * params_staged),
+        device_to_host_bytes_per_s=1 / copy_seconds,
+        update_elements_per_s=1 / (kernel_seconds + check_seconds * checked_bytes),
+        gradient_bytes_per_s=elements * param_dtype.itemsize / _least_seconds(scratch.accumulate),
+        cores=len(os.sched_getaffinity(0)),
+        compute_uses_cores=True,
+        compute_threads=torch.get_num_threads(),
+        compute_beside_update=compute_share,
+        update_beside_compute=update_share,
+    )
+
+
+def _drive(store: native.Store, plan: Plan) -> dict[str, float]:
+    if not any(tiers["ssd"] for tiers in plan.kind_bytes.values()):
+        return dict(_NOMINAL_DRIVE)
+    try:
+        found = store.probe_drive(_DRIVE_SECONDS)
+    except OSError as error:
+        _log.warning("the drive could not be measured, and is planned with as a common one: %s", error)
+        found = None
+    return dict(found or _NOMINAL_DRIVE)
+
+
+class _Scratch:
+    """Memory like a span's, and what an update, a fetch and a gradient do with it."""
+
+    def __init__(self, elements: int, rule: native.Rule, grad_dtype: torch.dtype, param_dtype: torch.dtype) -> None:
+        moments = native.moment_count(rule)
+        self._master = torch.zeros(elements)
+        self._exp_avg = torch.zeros(elements) if moments > 0 else None
+        self._exp_avg_sq = torch.zeros(elements) if moments > 1 else None
+        self._grad = torch.zeros(elements, dtype=grad_dtype)
+        self._param = torch.zeros(elements, dtype=param_dtype)
+        self._copied = torch.zeros(elements)
+        self._hyper = {
+            native.Rule.ADAMW: lambda: kernels.adamw_hyper(1e-3, step=1),
+            native.Rule.SGD: lambda: kernels.sgd_hyper(1e-3, 0.9, step=1),
+            native.Rule.LION: lambda: kernels.lion_hyper(1e-3),
+        }[rule]()
+
+    def step(self) -> None:
+        kernels.step(self._hyper, self._master, self._exp_avg, self._exp_avg_sq, self._grad, self._param)
+
+    def update(self) -> None:
+        self.step()
+        self.check()
+
+    def check(self) -> None:
+        native.crc32c_at(self._master.data_ptr(), self._master.nbytes)
+
+    def copy(self) -> None:
+        native.copy_bytes(self._copied.data_ptr(), self._master.data_ptr(), self._master.nbytes)
+
+    def accumulate(self) -> None:
+        kernels.accumulate(self._grad, self._param, add=False)
+
+
+def _matmul(dtype: torch.dtype) -> Callable[[], None]:
+    """Computing as models do: most of their time is in products of matrices."""
+    left = torch.zeros(_MATMUL_ROWS, _MATMUL_SIZE, dtype=dtype)
+    right = torch.zeros(_MATMUL_SIZE, _MATMUL_SIZE, dtype=dtype)
+    out = torch.zeros(_MATMUL_ROWS, _MATMUL_SIZE, dtype=dtype)
+
+    def act() -> None:
+        torch.mm(left, right, out=out)
+
+    return act
+
+
+def _per_second(act: Callable[[], None], seconds: float) -> float:
+    count, start = 0, time.perf_counter()
+    while True:
+        act()
+        count += 1
+        if (taken := time.perf_counter() - start) >= seconds:
+            return count / taken
+
+
+def _beside(compute: Callable[[], None], update: Callable[[], None]) -> tuple[float, float]:
+    """Speeds of computing and of a thread that updates beside each other, parts of what each has alone."""
+    for act in (compute, update):
+        act()
+    alone = [_per_second(act, _BESIDE_SECONDS / 2) for act in (compute, update)]
+    with ThreadPoolExecutor(1) as other:
+        updating = other.submit(_per_second, update, _BESIDE_SECONDS)
+        computed = _per_second(compute, _BESIDE_SECONDS)
+        updated = updating.result()
+    return min(1.0, computed / alone[0]), min(1.0, updated / alone[1])
+
+
+def _least_seconds(act: Callable[[], None]) -> float:
+    """The least of several runs, since whatever else the machine does only adds; the first one only warms up."""
+    act()
+    least = float("inf")
+    end = time.perf_counter() + _CORE_SECONDS
+    while True:
+        start = time.perf_counter()
+        act()
+        now = time.perf_counter()
+        least = min(least, now - start)
+        if now >= end:
+            return max(least, 1e-9)
