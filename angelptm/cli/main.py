@@ -14,6 +14,7 @@ from angelptm.cli.checkpoint import app as checkpoint_app
 from angelptm.cli.checkpoint_tables import printable
 from angelptm.cli.plan import plan
 from angelptm.cli.report import report
+from angelptm.cli.trace import trace
 from angelptm.cli.train import ResumeCommand, train
 from angelptm.errors import AngelPTMError
 from io_engine.cli import app as io_app
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command(cls=ResumeCommand)(train)
 app.command()(plan)
+app.command()(trace)
 app.command()(report)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(io_app, name="io")

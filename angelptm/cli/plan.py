@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,28 +11,82 @@ from rich.console import Console
 from rich.table import Table
 
 from angelptm.cli.train import ConfigPath, Overrides
-from angelptm.config import load_config
-from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
-from angelptm.model.materialize import build_model
-from angelptm.plan import Plan, plan_rows, plan_summary
+from angelptm.config import Config, load_config
+from angelptm.errors import DataError
+from angelptm.plan import (
+    Plan,
+    Prediction,
+    Rates,
+    Trace,
+    choose,
+    plan_from_trace,
+    plan_rows,
+    plan_summary,
+)
 from angelptm.sizes import format_bytes
-from angelptm.train.resume import as_trained
 
 
 def plan(
     config: ConfigPath,
     set_: Overrides = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="RUN",
+            help="The folder of a run of this model, whose traced step and measured rates say what a step will take.",
+        ),
+    ] = None,
 ) -> None:
     """Says how many bytes of each kind live on each tier, and whether it fits; allocates nothing."""
+    from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of  # not above, as they import torch
+    from angelptm.model.materialize import build_model
+    from angelptm.train.resume import as_trained
+
     loaded = as_trained(load_config(config, set_ or []))
-    with Console(stderr=True).status("building the model without its values"):
-        model = build_model(loaded)
-    made = plan_of(*lay_out(model, loaded), loaded, buffer_bytes_of(model))
-    if json:
-        print(json_format.dumps(plan_summary(made)))
+    prediction = None
+    if trace is not None:
+        with Console(stderr=True).status("simulating steps"):
+            made, prediction = _predict(loaded, trace)
     else:
-        show_plan(made, Console())
+        with Console(stderr=True).status("building the model without its values"):
+            model = build_model(loaded)
+        made = plan_of(*lay_out(model, loaded), loaded, buffer_bytes_of(model))
+    if json:
+        predicted = {} if prediction is None else {"prediction": prediction.facts()}
+        print(json_format.dumps({**plan_summary(made), **predicted}))
+        return
+    show_plan(made, Console())
+    if prediction is not None:
+        print(prediction.describe())
+
+
+def _predict(config: Config, run: Path) -> tuple[Plan, Prediction]:
+    """The plan of a run's model under the config's budgets, and what a step takes then. The model is not built: what
+    is not in the trace, the buffers that commits hold, counts as nothing."""
+    from angelptm.engine.planning import settings_of
+    from angelptm.engine.setup import ITEMSIZE, budgets_of
+
+    for name in ("trace.json", "rates.json"):
+        if not (run / name).is_file():
+            raise DataError(
+                str(run / name),
+                "no such file",
+                "what a run records of its steps",
+                "Name the run_dir that `angelptm train` printed; execution.timeline_steps: 0 records nothing.",
+            )
+    traced, rates = Trace.load(run / "trace.json"), Rates.load(run / "rates.json")
+    if traced.param_itemsize != ITEMSIZE[config.precision]:
+        raise DataError(
+            str(run / "trace.json"),
+            f"parameters of {traced.param_itemsize} bytes",
+            f"those of precision {config.precision}",
+            "Name a run of the same precision: computing takes other times in another one.",
+        )
+    made = plan_from_trace(traced, budgets_of(config))
+    settings, lead = settings_of(config)
+    return made, choose(made, traced, rates, settings, lead=lead)[1]
 
 
 def show_plan(plan: Plan, console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,9 +16,9 @@ from typer.core import TyperCommand
 
 from angelptm.config import load_config
 from angelptm.sizes import format_bytes
-from angelptm.train import RunResult
-from angelptm.train import train as run_training
-from angelptm.train.progress import ConsoleReporter
+
+if TYPE_CHECKING:
+    from angelptm.train import RunResult
 
 Overrides = Annotated[
     list[str] | None,
@@ -52,6 +52,9 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on the last line.")] = False,
 ) -> None:
     """Trains a model as a config says."""
+    from angelptm.train import train as run_training  # not above: torch takes seconds, which no other command needs
+    from angelptm.train.progress import ConsoleReporter
+
     console = Console(stderr=True) if json else Console()
     source = Path(resume) if resume else None
     result = run_training(

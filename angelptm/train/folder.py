@@ -15,10 +15,13 @@ from angelptm.config import Config
 from angelptm.errors import ConfigError
 from io_engine import IoError
 
+RECORDED = ("timeline.json.gz", "trace.json", "rates.json", "schedule.json", "prediction.json")
+"""What a run records of some of its steps, for `angelptm trace` and `angelptm plan --trace`."""
+
 
 class RunFolder:
-    """``config.yaml`` (resolved), ``plan.json``, ``metrics.jsonl`` (one line a step), ``result.json``, ``tokens/``, and
-    ``checkpoint/`` where commits are made.
+    """``config.yaml`` (resolved), ``plan.json``, ``metrics.jsonl`` (one line a step), ``result.json``, ``tokens/``,
+    RECORDED, and ``checkpoint/`` where commits are made.
 
     Until ``keep`` is called the folder is on trial: ``discard`` removes what this object made, and nothing else.
     Afterwards files are replaced whole, and what a commit must not be newer than survives a power cut.
@@ -56,6 +59,8 @@ class RunFolder:
         self._write("config.yaml", config.resolved_yaml())
         self._write("plan.json", json.dumps(plan, indent=2))
         former = self._former_lines(resumed_step) if resumed_step is not None else []
+        for name in RECORDED if resumed_step is None else ():
+            (self.path / name).unlink(missing_ok=True)  # of another run
         self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in former))
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         return former

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from angelptm.config import Config
 from angelptm.data import TokenBatches, open_dataset, open_tokenizer
 from angelptm.engine import Engine
 from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
+from angelptm.engine.timeline import Recording
 from angelptm.errors import ConfigError
 from angelptm.model.materialize import build_model
 from angelptm.plan import plan_summary
@@ -24,10 +26,13 @@ from angelptm.train.folder import RunFolder
 from angelptm.train.progress import Reporter
 from angelptm.train.result import RunResult
 from angelptm.train.resume import choose_folders, go_on
+from angelptm.train.scalars import Scalars
 from angelptm.train.schedule import make_scheduler
 from angelptm.train.stop import StopRequest, stop_on_signals
 
 _PROMPT_TOKENS = 48
+_SETTLED_STEP = 5
+"""Of a run: the first that follows the plan made from all traced steps, as its predecessor did."""
 
 
 def train(
@@ -126,9 +131,13 @@ def _train(
             if config.model.weights is not None:
                 reporter.say(f"weights from {config.model.weights}: the fp32 masters are formed from them")
             result.validation_loss_before = _evaluate(engine, validation, config, reporter)
-        with stop_on_signals(reporter.say, enabled=config.checkpoint.every > 0) as stop:
-            _steps(engine, training, validation, scheduler, config, folder, reporter, result, stop)
-        result.validation_loss_after = _evaluate(engine, validation, config, reporter)
+        with closing(Scalars(folder.path, result.tokens_per_step, former, result.resumed_from_step)) as scalars:
+            if resumed is None:
+                scalars.step({"step": 0, "validation_loss": result.validation_loss_before})
+            with stop_on_signals(reporter.say, enabled=config.checkpoint.every > 0) as stop:
+                _steps(engine, training, validation, scheduler, config, folder, scalars, reporter, result, stop)
+            result.validation_loss_after = _evaluate(engine, validation, config, reporter)
+            scalars.step({"step": config.training.steps, "validation_loss": result.validation_loss_after})
         if config.training.sample_tokens and hasattr(model, "generate"):
             result.sample = _sample(engine, validation or training, config, reporter)
         result.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -168,6 +177,7 @@ def _steps(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     config: Config,
     folder: RunFolder,
+    scalars: Scalars,
     reporter: Reporter,
     result: RunResult,
     stop: StopRequest,
@@ -178,8 +188,13 @@ def _steps(
     engine.module.train()
     reporter.begin(config.training.steps)
     commit_seconds = 0.0
+    recording: Recording | None = None
+    first_recorded, recorded = _recorded_steps(engine.global_step, config)
     for step in range(engine.global_step + 1, config.training.steps + 1):
+        if recorded and step == first_recorded:
+            recording = engine.record_timeline(steps=recorded, tokens_per_step=result.tokens_per_step)
         start = time.perf_counter() - commit_seconds  # the commit's call belongs to the step that follows it
+        stalled = _stalled_seconds(engine)
         loss = _micro_steps(engine, training, config.gradient_accumulation_steps)
         engine.step()
         lr = scheduler.get_last_lr()[0]
@@ -187,15 +202,18 @@ def _steps(
         if step == config.training.steps:
             engine.drain()  # the last step's update belongs to its time
         seconds = time.perf_counter() - start
+        if recording is not None and recording.done:
+            _save_recording(recording, folder, reporter)
+            recording = None
         result.losses.append(loss)
         result.step_seconds.append(seconds)
         moved = _difference(_difference(engine.traffic(), before), evaluated)
         if former_bytes:
             moved = _sum(moved, former_bytes)
         result.bytes = moved
-        folder.record(
-            {"step": step, "loss": loss, "lr": lr, "grad_norm": engine.grad_norm, "seconds": seconds, "bytes": moved}
-        )
+        line = {"step": step, "loss": loss, "lr": lr, "grad_norm": engine.grad_norm, "seconds": seconds, "bytes": moved}
+        folder.record(line)
+        scalars.step(line, _stalled_seconds(engine) - stalled)
         if step % config.training.log_every == 0 or step == config.training.steps:
             reporter.step(step, loss, result.tokens_per_s, moved)
         if config.training.eval_every and step % config.training.eval_every == 0 and step < config.training.steps:
@@ -203,6 +221,7 @@ def _steps(
             held_out = _evaluate(engine, validation, config, reporter)
             evaluated = _sum(evaluated, _difference(engine.traffic(), mark))
             folder.record({"step": step, "validation_loss": held_out})
+            scalars.step({"step": step, "validation_loss": held_out})
         commit_seconds = 0.0
         stopping = stop.asked  # once, as it may change meanwhile
         last = stopping or step == config.training.steps
@@ -223,6 +242,20 @@ def _steps(
     result.phase_seconds = {name: seconds - phases_before[name] for name, seconds in engine.phase_seconds().items()}
     result.peak_bytes = engine.peak_bytes()
     result.activation_bytes = engine.activation_bytes
+
+
+def _recorded_steps(taken: int, config: Config) -> tuple[int, int]:
+    """The first step whose timeline is recorded, and how many: once the plan is settled where the run is long enough,
+    else the last ones."""
+    count = min(config.execution.timeline_steps, config.training.steps - taken)
+    return min(taken + _SETTLED_STEP, config.training.steps - count + 1), count
+
+
+def _save_recording(recording: Recording, folder: RunFolder, reporter: Reporter) -> None:
+    try:
+        recording.save_run(folder.path)
+    except OSError as error:
+        reporter.say(f"the timeline could not be written, training goes on: {error}")
 
 
 def _micro_steps(engine: Engine, training: TokenBatches, count: int) -> float:
@@ -250,6 +283,12 @@ def _commit(
     result.commits += 1
     result.commit_seconds.append(time.perf_counter() - start)
     return result.commit_seconds[-1]
+
+
+def _stalled_seconds(engine: Engine) -> float:
+    """How long forward and backward have waited for pages and updates so far."""
+    phases = engine.phase_seconds()
+    return phases["fetch"] + phases["update_gate"]
 
 
 _Traffic = Mapping[str, Mapping[str, int]]
