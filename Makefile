@@ -51,8 +51,16 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-unit: setup
-	$(BIN)/pytest
+unit: setup $(VENV)/.browser
+	$(BIN)/pytest -n 2 --dist loadfile
+
+# The test of the report looks at it in Chromium, and skips where there is none and none can be installed.
+$(VENV)/.browser: $(VENV)/.installed
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium for the test of the report"; export DEBIAN_FRONTEND=noninteractive; \
+		{ apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends chromium; } >$(VENV)/browser.log 2>&1 \
+			|| echo "chromium was not installed ($(VENV)/browser.log); its tests will be skipped"; fi
+	@touch $@
 
 bench: setup
 	$(BIN)/angelptm io bench --path .
