@@ -6,16 +6,13 @@ import angelptm_native as native
 
 # By default glibc keeps freed blocks of up to 32 MiB for later. Tensors of that size that come and go between small
 # objects leave holes: building GPT-2 medium left up to 750 MiB of them, which later tensors filled for good.
-RETURN_AT_LEAST_BYTES = 2**20
-
-# glibc accepts no more.
-_MOST_BYTES = 32 * 2**20
+_RETURN_AT_LEAST_BYTES = 2**20
 
 
-def return_freed_blocks(at_least_bytes: int = RETURN_AT_LEAST_BYTES) -> None:
-    """From now on freed blocks of that size and more go back to the system; what is free now goes at once.
+def return_freed_blocks() -> None:
+    """From now on freed blocks of a MiB and more go back to the system; what is free now goes at once.
 
-    For the whole process. Tensors on the CPU and the activations of the emulated device are such blocks. A block that
-    comes back later is fresh memory, which the system has to clear first: that is the price.
+    For the whole process. A block that comes back later is fresh memory, which the system has to clear first: that is
+    the price. ``native.KeptMemory`` of a device then lets some of them stay for its steps.
     """
-    native.return_freed_blocks(min(at_least_bytes, _MOST_BYTES))
+    native.return_freed_blocks(_RETURN_AT_LEAST_BYTES)

@@ -6,20 +6,33 @@ import mmap
 
 import torch
 
-from angelptm.heap import RETURN_AT_LEAST_BYTES, return_freed_blocks
+import angelptm_native as native
+from angelptm.heap import return_freed_blocks
 
 
 class CpuDevice:
-    """An arena of exactly ``arena_bytes`` in anonymous memory, committed by use. See :class:`Device`."""
+    """An arena of exactly ``arena_bytes`` in anonymous memory, committed by use. See :class:`Device`.
 
-    def __init__(self, arena_bytes: int, return_freed_bytes: int = RETURN_AT_LEAST_BYTES) -> None:
+    Activations lie in the process's own heap, where up to ``keep_freed_bytes`` of what was freed stay for the next ones.
+    """
+
+    def __init__(self, arena_bytes: int, keep_freed_bytes: int = 0) -> None:
         self.torch_device = torch.device("cpu")
         self.arena_bytes = arena_bytes
         self.read_bytes = 0
-        return_freed_blocks(return_freed_bytes)
+        return_freed_blocks()  # of the building of the model and the filling of its pages nothing shall stay
+        self._keep_freed_bytes = keep_freed_bytes
+        self._kept: native.KeptMemory | None = None
         self._memory = mmap.mmap(-1, arena_bytes)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+
+    def begin_steps(self) -> None:
+        self._kept = native.KeptMemory(self._keep_freed_bytes)
+
+    def look_at_memory(self) -> None:
+        if self._kept is not None:
+            self._kept.look()
 
     def view(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # A fresh tensor for each view: a write through one of them must not bump the version that autograd checks in

@@ -15,6 +15,14 @@ class Device(Protocol):
     read_bytes: int
     """Bytes copied out of the device's tensors so far (gradients)."""
 
+    def begin_steps(self) -> None:
+        """Called once, when the pages are filled: what is allocated from here on is the steps' own."""
+        ...
+
+    def look_at_memory(self) -> None:
+        """Called often in a step: gives back what the step freed, beyond what may stay for the next use."""
+        ...
+
     def view(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over arena memory. It shares no version counter with any other view."""
         ...

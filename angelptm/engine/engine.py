@@ -96,6 +96,7 @@ class Engine:
                 self._fill(model)
             else:
                 self._fill_from(Path(resume), resume_step)
+            self._device.begin_steps()
             undo.pop_all()
 
     def _wire(self, parts: Parts, structure: Structure, named_groups: Sequence[dict[str, Any]]) -> None:
@@ -108,7 +109,9 @@ class Engine:
             checkpoint_blocks(self.module, structure)
         scheduler = Scheduler(structure.sites, parts.pages, parts.residency, parts.updates, parts.fetcher)
         compute_dtype = TORCH_DTYPES[self.config.precision]
-        self._hooks = Hooks(self.module, structure.sites, self._residency, compute_dtype, scheduler)
+        self._hooks = Hooks(
+            self.module, structure.sites, self._residency, compute_dtype, scheduler, self._device.look_at_memory
+        )
         self._traffic = Traffic(self._store, self._device, self._updates, parts.fetcher, self._commits)
         parked = {name: self._leaves[unit].parked[name] for name, (unit, _) in self._params.items()}
         self.optimizer = PagedOptimizer(
@@ -222,6 +225,7 @@ class Engine:
 
     def _take_gradient(self, unit: int, leaf: int, param: ParamLayout, gradient: torch.Tensor) -> None:
         self._stepping.take_gradient(unit, leaf, param, gradient)
+        self._device.look_at_memory()  # gradients are the largest blocks that come and go
 
     def _gradient_came(self, unit: int, size: int, seconds: float) -> None:
         self._planning.gradient(unit, size, seconds)

@@ -88,10 +88,13 @@ class Hooks:
         residency: Residency,
         compute_dtype: torch.dtype,
         scheduler: Scheduler,
+        look_at_memory: Callable[[], None],
     ) -> None:
+        """``look_at_memory``: Device.look_at_memory, called at every use."""
         self.model = model
         self._residency = residency
         self._scheduler = scheduler
+        self._look_at_memory = look_at_memory
         self.tracer: Tracer | None = None
         """Told of every use while a step is traced."""
         self.timeline: Watcher | None = None
@@ -175,6 +178,7 @@ class Hooks:
 
     def _come_to(self, index: int, phase: str) -> None:
         self._at = None
+        self._look_at_memory()
         if phase == "forward" and not torch.is_grad_enabled():
             return  # an evaluation
         if self.tracer is not None:

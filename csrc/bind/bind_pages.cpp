@@ -1,4 +1,3 @@
-#include <malloc.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -269,16 +268,6 @@ void bind_pages(py::module_& module) {
         std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
       },
       py::arg("to"), py::arg("from_"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>());
-  module.def(
-      "return_freed_blocks",
-      [](int at_least_bytes) {
-        // Setting one of them also stops glibc from raising both by itself, up to 32 MiB, as blocks are freed.
-        const bool set =
-            mallopt(M_MMAP_THRESHOLD, at_least_bytes) == 1 && mallopt(M_TRIM_THRESHOLD, at_least_bytes) == 1;
-        malloc_trim(0);
-        return set;
-      },
-      py::arg("at_least_bytes"));
   module.def(
       "fill_zero",
       [](std::uint64_t address, std::uint64_t bytes) { std::memset(reinterpret_cast<void*>(address), 0, bytes); },

@@ -51,12 +51,13 @@ WITHOUT_TORCH = ["angelptm.sizes", "angelptm.errors", "angelptm.config", "angelp
 
 # The engine is built in two tiers of its own: I/O below, kernels beside it, pages on I/O, the updater on all three.
 INCLUDES: dict[str, str] = {
+    "heap": "",
     "timeline": "",
     "io": "",
     "kernels": "",
     "pages": "timeline io",
     "update": "timeline io kernels pages",
-    "bind": "timeline io kernels pages update",
+    "bind": "heap timeline io kernels pages update",
 }
 
 

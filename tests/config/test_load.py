@@ -273,7 +273,7 @@ def test_resolved_yaml_loads_to_an_equal_config_with_exact_sizes() -> None:
         "device": "24MiB",
         "host": 100000001,
         "ssd": [{"path": "/nvme", "size": None, "drive_capacity": None}],
-        "return_freed": "1MiB",
+        "keep_freed": "64MiB",
     }
     assert load_config(content) == config
     assert load_config(content).hash == config.hash

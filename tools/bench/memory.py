@@ -54,7 +54,7 @@ def run_angelptm(case: dict[str, Any]) -> None:
     model, batch = build(case["preset"], 1, case["sequence"])
     with tempfile.TemporaryDirectory(dir=case["folder"]) as folder:
         config = {
-            "tiers": {"device": case["device"], "host": case["host"], "ssd": [{"path": folder}]},
+            "tiers": {"device": case["device"], "host": case["host"], "ssd": [{"path": folder}], **case["more"]},
             "page_size": case["page"],
             "precision": case["precision"],
             "optimizer": {"type": "adamw", "lr": 1e-4},
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--folder", default=".", help="where the SSD tier's files go")
+    parser.add_argument("--keep-freed", metavar="SIZE", help="tiers.keep_freed; the default's if not given")
     parser.add_argument("--without-torch", action="store_true", help="only the AngelPTM case")
     parser.add_argument("--small", action="store_true", help="a model of 11 M parameters in small budgets")
     parser.add_argument("--json", action="store_true")
@@ -161,6 +162,7 @@ def main() -> None:
         else {"preset": "gpt2-medium", "device": "256MiB", "host": "512MiB", "page": "4MiB", "sequence": 256}
     )
     case = {**size, "precision": arguments.precision, "steps": arguments.steps}
+    case["more"] = {"keep_freed": arguments.keep_freed} if arguments.keep_freed else {}
     case["folder"] = str(Path(arguments.folder).absolute())
     cases = [measure("angelptm", case)] + ([] if arguments.without_torch else [measure("torch", case)])
     result = {"case": case, "machine": f"{platform.machine()} {platform.release()}", "cases": cases}

@@ -29,11 +29,12 @@ class Tiers(Section):
     device: Bytes = Field(ge=1, description="Bytes of the device arena (GPU memory, emulated on device: cpu).")
     host: Bytes = Field(ge=1, description="Bytes of the host (DRAM) page pool.")
     ssd: list[SsdPath] = Field(default=[], description="Folders of the SSD tier. Empty: no SSD tier.")
-    return_freed: Bytes = Field(
-        default=2**20,
-        ge=2**16,
-        description="Freed blocks of memory of at least this size go back to the system at once, so that the process "
-        "holds what it uses. Up to 32MiB: faster on device: cpu, since fresh memory has to be cleared, but more of it.",
+    keep_freed: Bytes = Field(
+        default=64 * 2**20,
+        ge=0,
+        description="On device: cpu, memory that a step freed and that may stay for what it allocates next; what "
+        "exceeds this goes back to the system. More is faster, since fresh memory has to be cleared, and 0 holds the "
+        "least: a large batch then takes up to a third longer.",
     )
 
 
