@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mmap
 
+import angelptm_native as native
 import torch
 
-import angelptm_native as native
 from angelptm.heap import return_freed_blocks
 
 
