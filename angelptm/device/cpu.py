@@ -13,7 +13,7 @@ from angelptm.heap import return_freed_blocks
 class CpuDevice:
     """An arena of exactly ``arena_bytes`` in anonymous memory, committed by use. See :class:`Device`.
 
-    Activations lie in the process's own heap, where up to ``keep_freed_bytes`` of what was freed stay for the next ones.
+    Activations lie in the process's own heap, where up to ``keep_freed_bytes`` of what was freed stay for others.
     """
 
     def __init__(self, arena_bytes: int, keep_freed_bytes: int = 0) -> None:
