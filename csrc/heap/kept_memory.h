@@ -6,8 +6,8 @@
 
 namespace angelptm::heap {
 
-// From now on freed blocks of `at_least_bytes` (32 MiB at most) and more go back to the system at once, and what is free
-// now does too. False where the C library does not do that.
+// From now on freed blocks of `at_least_bytes` (32 MiB at most) and more go back to the system at once, and what is
+// free now does too. False where the C library does not do that.
 bool return_freed_blocks(std::size_t at_least_bytes);
 
 // Lets freed blocks stay for those who allocate next, which spares the system clearing fresh memory for them, as long
