@@ -71,6 +71,8 @@ def measure_rates(
     for name, rate in (watched or {}).items():
         # A few transfers alone, among many in both directions, say little of how fast such ones can be.
         drive[name] = rate if name == "mixed_bytes_per_s" else min(rate, drive[name])
+    # Both directions at once have no more than each of them alone.
+    drive["mixed_bytes_per_s"] = min(drive["mixed_bytes_per_s"], drive["read_bytes_per_s"] + drive["write_bytes_per_s"])
     elements = max(1, min(_MOST_SCRATCH_ELEMENTS, max((s.elements for u in plan.units for s in u.spans), default=1)))
     scratch = _Scratch(elements, rule, grad_dtype, param_dtype)
     spans = [span for unit in plan.units for span in unit.spans]
@@ -82,7 +84,10 @@ def measure_rates(
     # What lives on the SSD is checked when it has come, and sealed before it is written.
     checked_bytes = 2 * (1 + plan.moment_count) * 4 * states_staged + plan.param_itemsize * params_staged
     copy_seconds = _least_seconds(scratch.copy) / (elements * 4)
-    compute_share, update_share = _beside(_matmul(param_dtype), scratch.update)
+    compute = _matmul(param_dtype)
+    compute()
+    compute_per_s = _per_second(compute, _BESIDE_SECONDS)
+    compute_share, update_share = _beside(compute, compute_per_s, scratch.update)
     return Rates(
         ssd_read_bytes_per_s=drive["read_bytes_per_s"],
         ssd_write_bytes_per_s=drive["write_bytes_per_s"],
@@ -97,11 +102,17 @@ def measure_rates(
         compute_threads=torch.get_num_threads(),
         compute_beside_update=compute_share,
         update_beside_compute=update_share,
+        compute_beside_drive=_beside_drive(store, plan, compute, compute_per_s),
+        compute_per_s=compute_per_s,
     )
 
 
+def _uses_drive(plan: Plan) -> bool:
+    return any(tiers["ssd"] for tiers in plan.kind_bytes.values())
+
+
 def _drive(store: native.Store, plan: Plan) -> dict[str, float]:
-    if not any(tiers["ssd"] for tiers in plan.kind_bytes.values()):
+    if not _uses_drive(plan):
         return dict(_NOMINAL_DRIVE)
     try:
         found = store.probe_drive(_DRIVE_SECONDS)
@@ -166,16 +177,31 @@ def _per_second(act: Callable[[], None], seconds: float) -> float:
             return count / taken
 
 
-def _beside(compute: Callable[[], None], update: Callable[[], None]) -> tuple[float, float]:
+def _beside(compute: Callable[[], None], compute_per_s: float, update: Callable[[], None]) -> tuple[float, float]:
     """Speeds of computing and of a thread that updates beside each other, parts of what each has alone."""
-    for act in (compute, update):
-        act()
-    alone = [_per_second(act, _BESIDE_SECONDS / 2) for act in (compute, update)]
+    update()
+    update_per_s = _per_second(update, _BESIDE_SECONDS / 2)
     with ThreadPoolExecutor(1) as other:
         updating = other.submit(_per_second, update, _BESIDE_SECONDS)
         computed = _per_second(compute, _BESIDE_SECONDS)
         updated = updating.result()
-    return min(1.0, computed / alone[0]), min(1.0, updated / alone[1])
+    return min(1.0, computed / compute_per_s), min(1.0, updated / update_per_s)
+
+
+def _beside_drive(store: native.Store, plan: Plan, compute: Callable[[], None], compute_per_s: float) -> float | None:
+    """The speed of computing while the drive moves pages, a part of what it has alone."""
+    if not _uses_drive(plan):
+        return None
+    count, start = 0, time.perf_counter()
+    with ThreadPoolExecutor(1) as other:
+        moving = other.submit(store.probe_drive, _BESIDE_SECONDS)
+        while not moving.done():
+            compute()
+            count += 1
+        seconds = time.perf_counter() - start
+        if moving.exception() is not None or moving.result() is None:
+            return None
+    return min(1.0, count / seconds / compute_per_s)
 
 
 def _least_seconds(act: Callable[[], None]) -> float:

@@ -51,6 +51,7 @@ class Planning:
         self.rates: Rates | None = None
         self.prediction: Prediction | None = None
         self._chosen: Schedule | None = None
+        self._traced_per_s: float | None = None  # how fast computing was when steps were traced
         self._peak_bytes = peak_bytes
         self._peaks: dict[str, int] = {}  # before what is predicted
         self._watch = DriveWatch(parts.store)
@@ -87,6 +88,8 @@ class Planning:
         trace, rates = self.trace, self._measure()
         if self._chosen is None or trace is None or rates is None:
             return None
+        if self._traced_per_s and rates.compute_per_s:
+            trace = trace.scaled(self._traced_per_s / rates.compute_per_s)
         self.rates = rates
         self.prediction = simulate(self._parts.plan, trace, self._chosen, rates, self._settings)
         return self.facts()
@@ -117,6 +120,7 @@ class Planning:
     def _conclude(self, trace: Trace, rates: Rates) -> None:
         plan = self._parts.plan
         self._peaks = self._peak_bytes()
+        self._traced_per_s = rates.compute_per_s
         seconds = max(_CHOOSING_SECONDS, _CHOOSING_PART * trace.step_seconds)
         self._chosen, self.prediction = choose(plan, trace, rates, self._settings, lead=self._lead, seconds=seconds)
         if self._settings.mode == "planned":

@@ -69,12 +69,16 @@ class Ssd:
         self._at = 0.0
 
     def advance(self, now: float) -> None:
-        if self.directions[0].jobs or self.directions[1].jobs:
+        if self.busy:
             self.busy_seconds += now - self._at
         self._at = now
         reads, writes = self.directions
         reads.advance(now)
         writes.advance(now)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.directions[0].jobs or self.directions[1].jobs)
 
     def share(self) -> None:
         reads, writes = self.directions
@@ -91,6 +95,7 @@ class Cores:
 
     ``compute_beside`` and ``thread_beside`` are the speeds of computing and of one other thread beside each other,
     parts of what each has alone. Without them cores are shared evenly; more threads share what one would have.
+    ``compute_beside_drive`` is the speed of computing while the drive is busy.
     """
 
     def __init__(
@@ -99,12 +104,14 @@ class Cores:
         compute_threads: int | None = None,
         compute_beside: float | None = None,
         thread_beside: float | None = None,
+        compute_beside_drive: float | None = None,
     ) -> None:
         self._count = count
         self._compute_threads = count if compute_threads is None else compute_threads
         even = min(1.0, count / (self._compute_threads + 1))
         self._compute_beside = (even if compute_beside is None else compute_beside) / even
         self._thread_beside = (even if thread_beside is None else thread_beside) / even
+        self._compute_beside_drive = 1.0 if compute_beside_drive is None else compute_beside_drive
         self.compute, self.threads = SharedServer(), SharedServer()
         self.busy_seconds = 0.0  # of all cores together, over their number
         self._at = 0.0
@@ -116,7 +123,7 @@ class Cores:
         self.compute.advance(now)
         self.threads.advance(now)
 
-    def share(self) -> None:
+    def share(self, drive_busy: bool) -> None:
         threads = len(self.threads.jobs)
         if not self.compute.jobs:
             self.threads.speed = min(1.0, self._count / threads) if threads else 1.0
@@ -126,6 +133,8 @@ class Cores:
             even = min(1.0, self._count / (threads + self._compute_threads))
             self.compute.speed = even * self._compute_beside
             self.threads.speed = even * self._thread_beside
+        if drive_busy:
+            self.compute.speed *= self._compute_beside_drive
 
 
 class Machine:
@@ -161,7 +170,7 @@ class Machine:
     def step(self) -> bool:
         """Runs the next action; False when there is none."""
         self.ssd.share()
-        self.cores.share()
+        self.cores.share(self.ssd.busy)
         first = self._timers[0][0] if self._timers else _NEVER
         next_server = None
         for server in self._servers:

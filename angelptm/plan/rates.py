@@ -7,7 +7,7 @@ from pathlib import Path
 
 from angelptm.plan import jsonfile
 
-_KIND, _VERSION = "angelptm rates", 2
+_KIND, _VERSION = "angelptm rates", 3
 _REMEDY = "Measure the machine's rates anew."
 
 
@@ -20,7 +20,9 @@ class Rates:
     ``compute_uses_cores``: the device is the CPU, so that computing, copying and updating share ``cores``; computing
     takes ``compute_threads`` of them, None for all. ``compute_beside_update`` and ``update_beside_compute`` are the
     speeds of computing and of one thread that updates beside each other, parts of what each has alone; None where they
-    were not measured, for an even share of the cores.
+    were not measured, for an even share of the cores. ``compute_beside_drive`` is the speed of computing while the drive
+    is busy: the system's part of a transfer takes cores, and what waits for each other then waits longer.
+    ``compute_per_s`` has a unit of its own: two measurements of one machine tell how its speed changed.
     """
 
     ssd_read_bytes_per_s: float
@@ -36,6 +38,8 @@ class Rates:
     compute_threads: int | None = None
     compute_beside_update: float | None = None
     update_beside_compute: float | None = None
+    compute_beside_drive: float | None = None
+    compute_per_s: float | None = None
 
     def to_json(self) -> str:
         return jsonfile.dump(_KIND, _VERSION, asdict(self))
@@ -60,6 +64,8 @@ class Rates:
             else fields.whole("compute_threads", 1),
             compute_beside_update=_or_none(fields, "compute_beside_update"),
             update_beside_compute=_or_none(fields, "update_beside_compute"),
+            compute_beside_drive=_or_none(fields, "compute_beside_drive"),
+            compute_per_s=_or_none(fields, "compute_per_s"),
         )
 
     def save(self, path: str | Path) -> None:

@@ -44,7 +44,13 @@ class SimulatedStep:
         self._late = {unit for unit in schedule.update_order if late or plan.units[unit].waits_for_step}
         self.machine = Machine(
             Ssd(rates.ssd_read_bytes_per_s, rates.ssd_write_bytes_per_s, rates.ssd_mixed_bytes_per_s),
-            Cores(rates.cores, rates.compute_threads, rates.compute_beside_update, rates.update_beside_compute),
+            Cores(
+                rates.cores,
+                rates.compute_threads,
+                rates.compute_beside_update,
+                rates.update_beside_compute,
+                rates.compute_beside_drive,
+            ),
         )
         transfers = transfers_of(plan)
         kinds = 1 + plan.moment_count

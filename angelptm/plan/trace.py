@@ -7,7 +7,7 @@ can be made, compared and drawn on a machine that has neither the model nor its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from angelptm.plan import jsonfile
@@ -74,6 +74,14 @@ class Trace:
             for unit in use.units:
                 windows[unit].append(Window(index, use.last))
         return windows
+
+    def scaled(self, factor: float) -> Trace:
+        """The same step on a machine that takes ``factor`` times as long to compute."""
+        return replace(
+            self,
+            uses=tuple(replace(use, seconds=use.seconds * factor) for use in self.uses),
+            gradients=tuple(replace(done, copy_seconds=done.copy_seconds * factor) for done in self.gradients),
+        )
 
     def to_json(self) -> str:
         return jsonfile.dump(

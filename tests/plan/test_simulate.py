@@ -171,6 +171,17 @@ def test_computing_takes_all_cores_and_shares_them_with_an_update() -> None:
     assert machine.cores.busy_seconds == pytest.approx(2.5)
 
 
+def test_computing_is_slower_while_the_drive_is_busy() -> None:
+    machine = Machine(Ssd(10, 10, 10), Cores(2, compute_beside_drive=0.5))
+    ended: dict[str, float] = {}
+    machine.compute_on_cores(2, lambda: ended.update(compute=machine.now))
+    machine.transfer(write=False, size=10, latency=1, done=lambda: ended.update(read=machine.now))
+    while machine.step():
+        pass
+    # A second alone, a second at half the speed while the read is under way, and what is left alone.
+    assert ended == pytest.approx({"read": 2, "compute": 2.5})
+
+
 def test_measured_shares_of_the_cores_take_the_place_of_even_ones() -> None:
     machine = Machine(Ssd(1, 1, 1), Cores(2, 2, 0.8, 0.4))
     ended: dict[str, float] = {}
