@@ -20,8 +20,8 @@ class Rates:
     ``compute_uses_cores``: the device is the CPU, so that computing, copying and updating share ``cores``; computing
     takes ``compute_threads`` of them, None for all. ``compute_beside_update`` and ``update_beside_compute`` are the
     speeds of computing and of one thread that updates beside each other, parts of what each has alone; None where they
-    were not measured, for an even share of the cores. ``compute_beside_drive`` is the speed of computing while the drive
-    is busy: the system's part of a transfer takes cores, and what waits for each other then waits longer.
+    were not measured, for an even share of the cores. ``compute_beside_drive`` is the speed of computing while the
+    drive is busy: the system's part of a transfer takes cores, and what waits for each other then waits longer.
     ``compute_per_s`` has a unit of its own: two measurements of one machine tell how its speed changed.
     """
 
