@@ -110,9 +110,19 @@ def test_malformed_content_is_named(tmp_path: Path, change: Callable[[dict[str, 
     assert error.value.path == str(path)
 
 
+# The time in the gzip header is fixed, and every case has a name: parallel workers must collect the same tests.
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b"[]", b"\x1f\x8b", gzip.compress(b"{}")[:-6], b"\xff\xfe", b"[" * 100_000, b'{"steps": NaN}'],
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"{}", id="object"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"\x1f\x8b", id="only the magic number"),
+        pytest.param(gzip.compress(b"{}", mtime=0)[:-6], id="end missing"),
+        pytest.param(b"\xff\xfe", id="no UTF-8"),
+        pytest.param(b"[" * 100_000, id="nested too deep"),
+        pytest.param(b'{"steps": NaN}', id="NaN"),
+    ],
 )
 def test_what_is_no_timeline_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "timeline.json.gz"
