@@ -411,12 +411,16 @@ class Engine:
         return self._traffic.bytes()
 
     def peak_bytes(self) -> dict[str, int]:
-        """Most bytes of each tier in use at once so far, in whole pages."""
+        """Most bytes of each tier in use at once so far, in whole pages.
+
+        On the SSD: pages that live there, and the slots that are kept free for updates in flight. What only commits
+        hold comes on top of that.
+        """
         page = self.plan.page_bytes
         return {
             "device": (self._residency.peak_frames + self.plan.device_state_frames) * page,
             "host": self._store.host_peak_count * page,
-            "ssd": self._store.slot_peak_count * page,
+            "ssd": (self._store.ssd_page_peak_count + self.plan.update_slots) * page,
         }
 
     def prediction(self) -> dict[str, Any] | None:

@@ -125,6 +125,18 @@ class Plan:
         return max(1, self.staging_frames - others)
 
     @property
+    def update_slots(self) -> int:
+        """SSD slots that updates may take at once for what they write, beyond one for each page that lives there."""
+        kinds = len([kind for kind in self.kind_bytes if kind not in ("PARAM", "GRAD")])
+        written = [
+            (kinds * _pages(span.elements, _STATE_ITEMSIZE, self.page_bytes) if span.states_home == "ssd" else 0)
+            + (span.param_home == "ssd")
+            for unit in self.units
+            for span in unit.spans
+        ]
+        return self.update_threads * self.write_depth * max(written, default=0)
+
+    @property
     def page_elements(self) -> int:
         """Elements of a PARAM page, and so of a span."""
         return self.page_bytes // self.param_itemsize

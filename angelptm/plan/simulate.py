@@ -101,7 +101,7 @@ def simulate(
         peak_bytes={
             "device": (run.peak_frames + plan.device_state_frames) * page,
             "host": host_frames * page,
-            "ssd": sum(tiers["ssd"] for tiers in plan.kind_bytes.values()) + run.updater.peak_writing_pages * page,
+            "ssd": sum(tiers["ssd"] for tiers in plan.kind_bytes.values()) + plan.update_slots * page,
         },
         bottleneck=first,
         second_bottleneck=second,

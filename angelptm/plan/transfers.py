@@ -35,7 +35,6 @@ class SpanTransfers:
     grad_ssd_bytes: int
     param_ssd_bytes: int
     param_content_bytes: int
-    state_ssd_pages: int  # of one kind
 
 
 @dataclass(frozen=True)
@@ -83,5 +82,4 @@ def _span(plan: Plan, span: SpanPlan) -> SpanTransfers:
         grad_ssd_bytes=sum(on_ssd(size) for home, size in zip(span.grad_homes, grads) if home == "ssd"),
         param_ssd_bytes=on_ssd(param) if span.param_home == "ssd" else 0,
         param_content_bytes=param,
-        state_ssd_pages=len(states) if span.states_home == "ssd" else 0,
     )

@@ -26,7 +26,6 @@ class Group:
     param_ssd_bytes: int
     param_content_bytes: int
     param_ssd_pages: int
-    written_pages: int
     queued: int = 0
     finished: int = 0
     worker: int = -1  # whose ring it is in
@@ -55,7 +54,6 @@ def _group(unit: int, spans: Sequence[SpanTransfers], state_kinds: int) -> Group
         param_ssd_bytes=sum(span.param_ssd_bytes for span in spans),
         param_content_bytes=sum(span.param_content_bytes for span in spans),
         param_ssd_pages=sum(span.param_ssd_bytes > 0 for span in spans),
-        written_pages=sum(state_kinds * span.state_ssd_pages + (span.param_ssd_bytes > 0) for span in spans),
     )
 
 
@@ -97,8 +95,6 @@ class SimulatedUpdater:
         self._ready: list[list[Group]] = [[] for _ in range(threads)]
         self._computing = [False] * threads
         self.kernel_seconds = 0.0
-        self._writing_pages = 0
-        self.peak_writing_pages = 0
 
     def submit(self, units: Sequence[int]) -> None:
         """The units' gradients are complete and in their pages."""
@@ -209,7 +205,6 @@ class SimulatedUpdater:
         start = self._machine.now
 
         def finish() -> None:
-            self._writing_pages -= group.written_pages
             if size:
                 self._drawn("ssd write", "states and parameters", start, size)
             group.finished += 1
@@ -220,8 +215,6 @@ class SimulatedUpdater:
             self._written(group)
             self.feed()
 
-        self._writing_pages += group.written_pages
-        self.peak_writing_pages = max(self.peak_writing_pages, self._writing_pages)
         if size:
             for kind in range(self._state_kinds):
                 self._moved(STATE_KINDS[kind], "ssd_written", group.state_bytes // self._state_kinds)

@@ -159,6 +159,7 @@ void bind_store(py::module_& module) {
                              [](Store& store) { return store.slots().slot_count() - store.slots().used_count(); })
       .def_property_readonly("slot_used_count", [](Store& store) { return store.slots().used_count(); })
       .def_property_readonly("slot_peak_count", [](Store& store) { return store.slots().peak_count(); })
+      .def_property_readonly("ssd_page_peak_count", [](Store& store) { return store.table().ssd_peak_count(); })
       .def_property_readonly("notes", [](Store& store) { return store.notes(); })
       .def_property_readonly(
           "mover", [](Store& store) -> PageMover& { return store.mover(); },

@@ -1,5 +1,6 @@
 #include "pages/page_table.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -48,6 +49,16 @@ PageInfo PageTable::info(PageId page) const {
 std::size_t PageTable::page_count() const {
   std::lock_guard lock(mutex_);
   return pages_.size();
+}
+
+std::size_t PageTable::ssd_peak_count() const {
+  std::lock_guard lock(mutex_);
+  return ssd_peak_count_;
+}
+
+void PageTable::write_first(PageInfo& page) {
+  if (page.home == Home::kSsd && !page.written) ssd_peak_count_ = std::max(ssd_peak_count_, ++ssd_count_);
+  page.written = true;
 }
 
 Frame PageTable::publish_frame(PageId page, Frame frame) {
@@ -104,7 +115,7 @@ void PageTable::publish_slot(PageId page, Slot slot, std::uint32_t crc) {
     had_former = entry.written;
     entry.slot = slot;
     entry.crc = crc;
-    entry.written = true;
+    write_first(entry);
     ++entry.version;
   }
   if (had_former) ssd_.release(former);
@@ -120,6 +131,7 @@ void PageTable::discard(PageId page) {
     if (entry.home == Home::kHost || !entry.written) return;
     former = entry.slot;
     entry.written = false;
+    --ssd_count_;
   }
   ssd_.release(former);
 }
@@ -168,7 +180,7 @@ void PageTable::adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t v
     entry.slot = slot;
     entry.crc = crc;
     entry.version = version;
-    entry.written = true;
+    write_first(entry);
     entry.saved = entry.home == Home::kHost;
     entry.saved_version = version;
     entry.expected = version;

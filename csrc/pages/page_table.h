@@ -80,6 +80,9 @@ class PageTable {
     return page.fixed != nullptr ? page.fixed : host_.address(page.frame);
   }
   std::size_t page_count() const;
+  // Most SSD pages that had content at once: with one slot each, which is what the tier holds but for writes in flight
+  // and for what only commits name.
+  std::size_t ssd_peak_count() const;
 
   // Host pages: exchanges the page's frame for `frame`, which holds the new content; returns the former frame, now the
   // caller's.
@@ -116,11 +119,14 @@ class PageTable {
   SlotMap& ssd() const { return ssd_; }
 
  private:
+  void write_first(PageInfo& page);  // gets content; with the mutex held
+
   HostPool& host_;
   SlotMap& ssd_;
   mutable std::mutex mutex_;
   std::vector<PageInfo> pages_;
-  std::string stopped_because_;  // empty while the store may be written to
+  std::size_t ssd_count_ = 0, ssd_peak_count_ = 0;  // SSD pages with content
+  std::string stopped_because_;                     // empty while the store may be written to
 };
 
 }  // namespace angelptm::pages

@@ -129,6 +129,23 @@ def test_former_content_is_never_overwritten_in_place(tmp_path: Path, backend: n
     assert np.array_equal(load(store, [page])[0], content(2, PAGE))
 
 
+def test_pages_with_content_are_counted_once_however_often_they_are_written(
+    tmp_path: Path, backend: native.Backend
+) -> None:
+    store = make_store(tmp_path, frames=4, slots=(4,), backend=backend)
+    pages = [store.add_page(native.Home.SSD, PAGE) for _ in range(2)]
+    on_host = store.add_page(native.Home.HOST, PAGE)
+    for page in (*pages, *pages, on_host):
+        write(store, page, content(1, PAGE))
+    store.mover.drain()
+    assert store.ssd_page_peak_count == 2
+    store.discard(pages[0])
+    store.discard(pages[0])
+    write(store, pages[0], content(2, PAGE))
+    store.mover.drain()
+    assert store.ssd_page_peak_count == 2
+
+
 def test_only_whole_sectors_of_the_content_travel(tmp_path: Path, backend: native.Backend) -> None:
     store = make_store(tmp_path, backend=backend)
     page = store.add_page(native.Home.SSD, 5000)

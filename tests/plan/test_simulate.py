@@ -302,7 +302,7 @@ def test_choice_is_the_fastest_and_of_equally_fast_ones_the_one_with_least_traff
     assert choose(plan, trace, fast)[0].traffic_bytes == least
 
 
-def test_large_model_is_simulated_in_half_a_second() -> None:
+def test_large_model_is_simulated_in_less_than_two_seconds() -> None:
     case = blocks(200, 25)
     plan = case.plan(500, 8000)
     assert sum(len(unit.spans) for unit in plan.units) == 5000
@@ -313,4 +313,4 @@ def test_large_model_is_simulated_in_half_a_second() -> None:
         start = time.process_time()
         simulate(plan, trace, schedule, RATES)
         took.append(time.process_time() - start)
-    assert min(took) < 0.5
+    assert min(took) < 2  # about 0.4 on a fast core
