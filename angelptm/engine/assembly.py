@@ -75,7 +75,7 @@ def assemble(
             durable.disk.sync_names(Path(folder))  # a commit is worth nothing without its slot files
     for note in store.notes:
         _log.info("%s", note)
-    device = CpuDevice(plan.device_frames * plan.page_bytes, config.tiers.keep_freed)
+    device = CpuDevice(plan.device_frames * plan.page_bytes, config.tiers.keep_freed_bytes)
     pages = allocate_pages(store, plan, device.address(0))
     catalogue = Catalogue(plan, pages)
     fetcher = native.Fetcher(store, most_frames=plan.fetch_frames, memory=device)

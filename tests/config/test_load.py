@@ -273,10 +273,24 @@ def test_resolved_yaml_loads_to_an_equal_config_with_exact_sizes() -> None:
         "device": "24MiB",
         "host": 100000001,
         "ssd": [{"path": "/nvme", "size": None, "drive_capacity": None}],
-        "keep_freed": "64MiB",
+        "keep_freed": "auto",
     }
     assert load_config(content) == config
     assert load_config(content).hash == config.hash
+
+
+def test_what_is_kept_of_freed_memory_follows_the_budgets_unless_it_is_said() -> None:
+    def kept(**keys: object) -> tuple[object, int]:
+        config = load_config({"tiers": {**TIERS, **keys}})
+        return yaml.safe_load(config.resolved_yaml())["tiers"]["keep_freed"], config.tiers.keep_freed_bytes
+
+    assert kept(device="24MiB", host="64MiB") == ("auto", 64 * 2**20)
+    assert kept(device="256MiB", host="3840MiB") == ("auto", 512 * 2**20)
+    assert kept(keep_freed="1GiB") == ("1GiB", 2**30)
+    assert kept(keep_freed=0) == (0, 0)
+    for wrong in ("some", -1, 1.5):
+        with pytest.raises(ConfigError, match=r"tiers\.keep_freed.*'auto' or a size in bytes"):
+            kept(keep_freed=wrong)
 
 
 def test_hash_tells_work_apart_and_ignores_run_dir() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from angelptm.config.schema.types import Bytes, Section, UserPath, expected
+from angelptm.config.schema.types import Bytes, BytesOrAuto, Section, UserPath, expected
 
 
 class SsdPath(Section):
@@ -29,13 +29,19 @@ class Tiers(Section):
     device: Bytes = Field(ge=1, description="Bytes of the device arena (GPU memory, emulated on device: cpu).")
     host: Bytes = Field(ge=1, description="Bytes of the host (DRAM) page pool.")
     ssd: list[SsdPath] = Field(default=[], description="Folders of the SSD tier. Empty: no SSD tier.")
-    keep_freed: Bytes = Field(
-        default=64 * 2**20,
-        ge=0,
+    keep_freed: BytesOrAuto = Field(
+        default="auto",
         description="On device: cpu, memory that a step freed and that may stay for what it allocates next; what "
         "exceeds this goes back to the system. More is faster, since fresh memory has to be cleared, and 0 holds the "
-        "least: a large batch then takes up to a third longer.",
+        "least: a large batch then takes up to a third longer. auto: an eighth of device and host together, at least "
+        "64 MiB.",
     )
+
+    @property
+    def keep_freed_bytes(self) -> int:
+        if self.keep_freed == "auto":
+            return max(64 * 2**20, (self.device + self.host) // 8)
+        return self.keep_freed
 
 
 def _states(value: Any) -> Any:

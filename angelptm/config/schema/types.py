@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationInfo, field_validator
 from pydantic.functional_validators import AfterValidator, BeforeValidator
@@ -52,6 +52,28 @@ def _expanded(path: Path) -> Path:
 
 Bytes = Annotated[int, BeforeValidator(_size), PlainSerializer(exact_size, when_used="json")]
 """A size: whole bytes, or text with a unit. Held as int, written as the shortest exact text."""
+
+
+def _size_or_auto(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    try:
+        size = parse_bytes(value)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise expected("'auto' or a size in bytes, such as 67108864, '512MiB' or '1.5TB'")
+    return size
+
+
+def _shown(value: int | str) -> int | str:
+    return value if isinstance(value, str) else exact_size(value)
+
+
+BytesOrAuto = Annotated[
+    int | Literal["auto"], BeforeValidator(_size_or_auto), PlainSerializer(_shown, when_used="json")
+]
+"""A size of 0 bytes and more, or ``auto``."""
 
 UserPath = Annotated[Path, BeforeValidator(_path), AfterValidator(_expanded)]
 """A path as the user wrote it, with ``~`` expanded; relative ones are relative to the working folder."""
