@@ -5,14 +5,21 @@ used: their ``Iovec`` accepts any memoryview. Its waiting calls keep the GIL, so
 descriptor, which releases it. And an ``Iovec`` never gives back the view it was made from (version 2026.3.30), which
 would pin every buffer for the life of the process; so it is made from a view of the bare address, and reused for the
 same address and length.
+
+Its wheels of 2026 for x86-64 hold AVX-512 instructions without asking whether the processor has them. There, creating
+a ring ends the whole process; so the first ring is created by another one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import select
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
@@ -22,6 +29,24 @@ from io_engine.errors import IoError
 from io_engine.file import File, sync_file
 
 _MOST_VECTORS = 4096  # kept for reuse
+_FIRST_RING = "import liburing; liburing.Ring(), liburing.Cqe()"
+_FIRST_RING_SECONDS = 60.0
+
+
+@functools.cache
+def killed_by_first_ring() -> str | None:
+    """The name of the signal that ends a process which creates a ring here, or None. Takes a child process, once."""
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", _FIRST_RING],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_FIRST_RING_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # no verdict: as without asking
+    return signal.Signals(-ended.returncode).name if ended.returncode < 0 else None
 
 
 class LiburingQueue:
@@ -33,6 +58,11 @@ class LiburingQueue:
         except ImportError as error:
             text = f"setup: the liburing package cannot be imported: {error}"
             raise IoError("setup", "", 0, 0, errno.ENOSYS, text) from error
+        if killer := killed_by_first_ring():
+            text = f"setup: the liburing package ends a process here with {killer}"
+            if killer == "SIGILL":
+                text += ": it was built for another processor; build it from its sources, or choose another backend"
+            raise IoError("setup", "", 0, 0, errno.ENOEXEC, text)
         self.name, self.depth, self.notes = "liburing", depth, ""
         self._api = liburing
         self._files = files
