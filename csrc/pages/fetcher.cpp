@@ -310,7 +310,8 @@ bool Fetcher::copy_one(Lock& lock) {
       const bool at_hand = (loan != loans_.end() && loan->second.version >= info.expected) ||
                            (info.version >= info.expected && (info.home == Home::kHost || !info.written)) ||
                            (held != held_.end() && !held->second.reading && is_current(held->second.info, info));
-      if (!at_hand) continue;
+      // An update that failed since drop_failed looked has set its error first, and then made the former version do.
+      if (!at_hand || (request->after && request->after->error())) continue;
       copy(request, i, lock);
       return true;
     }

@@ -115,7 +115,7 @@ def test_threads_beyond_the_most_lanes_are_counted_and_ended_ones_forgotten() ->
         in_thread(f"short {index}", 1)
     lanes, beyond = Timeline.take()
     assert len(lanes) + beyond == 1030
-    assert 0 < beyond <= 30
+    assert 0 < beyond <= 100  # 1024 lanes, less what other threads of this process have
     in_thread("later", 1)
     ((lane,), _) = Timeline.take()
     assert lane["name"] == "later"

@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--sequence", type=int, help="tokens of the batch (default 256; 64 with --small)")
     parser.add_argument("--folder", default=".", help="where the SSD tier's files go")
     parser.add_argument("--keep-freed", metavar="SIZE", help="tiers.keep_freed; the default's if not given")
     parser.add_argument("--without-torch", action="store_true", help="only the AngelPTM case")
@@ -163,13 +164,14 @@ def main() -> None:
     )
     case = {**size, "precision": arguments.precision, "steps": arguments.steps}
     case["more"] = {"keep_freed": arguments.keep_freed} if arguments.keep_freed else {}
+    case["sequence"] = arguments.sequence or size["sequence"]
     case["folder"] = str(Path(arguments.folder).absolute())
     cases = [measure("angelptm", case)] + ([] if arguments.without_torch else [measure("torch", case)])
     result = {"case": case, "machine": f"{platform.machine()} {platform.release()}", "cases": cases}
     if arguments.json:
         print(json.dumps(result))
         return
-    print(f"{size['preset']}, {arguments.precision}, {size['sequence']} tokens, checkpointed blocks")
+    print(f"{size['preset']}, {arguments.precision}, {case['sequence']} tokens, checkpointed blocks")
     for found in cases:
         limit = f", limit {found['limit_bytes'] / MIB:.0f} MiB" if "limit_bytes" in found else ""
         print(

@@ -25,8 +25,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # As for the other benchmarks: no file beside this one hides a library (transformers looks for `kernels`).
-sys.path[0] = str(ROOT)
+sys.path[0] = str(ROOT / "tools")
+sys.path.insert(1, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from bench.precision import fast_precision  # noqa: E402
 
 from io_engine.machine import machine_facts  # noqa: E402
 
@@ -75,7 +78,7 @@ SMALL = [
 class Run:
     """One engine, its batch, and what was measured of it."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, precision: str, folder: Path) -> None:
         import torch
         from transformers import AutoConfig
 
@@ -90,7 +93,7 @@ class Run:
             {
                 "tiers": {"device": case.device, "host": case.host, "ssd": [{"path": str(folder)}]},
                 "page_size": case.page,
-                "precision": "bf16",
+                "precision": precision,
                 "optimizer": {"type": "adamw", "lr": 1e-4},
                 "placement": case.placement,
                 "gradient_clipping": 1.0 if case.clip else None,
@@ -152,6 +155,9 @@ class Run:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", action="append", metavar="PATTERN", help="only these, e.g. 'demo*'; repeatable")
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="default: bf16 where the processor helps with it, else fp32"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each case")
     parser.add_argument("--steps", type=int, default=6, help="steps of a block")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the drive to use (default: here)")
@@ -166,7 +172,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="angelptm-predict-", dir=options.folder) as folder:
-        run = Run(case, Path(folder))
+        run = Run(case, options.precision, Path(folder))
         try:
             for _ in range(options.rounds):
                 run.block(options.steps)
@@ -190,12 +196,17 @@ def row(one: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    options.precision = options.precision or fast_precision()
     cases = SMALL if options.small else CASES
     if options.small:
         options.rounds, options.steps = 1, 2
     if options.cases:
         cases = [case for case in cases if any(fnmatch(case.name, pattern) for pattern in options.cases)]
-    found: dict[str, Any] = {"machine": machine_facts(str(options.folder)), "cases": []}
+    found: dict[str, Any] = {
+        "machine": machine_facts(str(options.folder)),
+        "precision": options.precision,
+        "cases": [],
+    }
     if not options.json:
         print(HEADER)
     for case in cases:

@@ -38,6 +38,7 @@ sys.path[0] = str(ROOT / "tools")
 sys.path.insert(1, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from bench.precision import fast_precision  # noqa: E402
 from bench.step.cases import SIZES, BadArgument, Case, all_cases, check_sequence, selected  # noqa: E402
 from bench.step.drive import drive_of  # noqa: E402
 from bench.step.process import Worker, WorkerError  # noqa: E402
@@ -60,7 +61,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=list(SIZES), default=None, help="default gpt2 (gpt2-demo with --small)")
     parser.add_argument("--batch", type=at_least_one, help="sequences in a step (default 1)")
     parser.add_argument("--sequence", type=at_least_one, help="tokens of each (default 256; 64 for gpt2-demo)")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="default: bf16 where the processor helps with it, else fp32"
+    )
     parser.add_argument("--rounds", type=at_least_one, help="blocks of every case (default 5; 2 with --small)")
     parser.add_argument("--steps", type=at_least_one, help="steps of a block (default 4; 3 for gpt2-medium)")
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="checkpointed blocks (gpt2-medium)")
@@ -103,14 +106,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     check_sequence(preset, size.sequence)
     values = folder / "values"
     values.mkdir()
-    work = Work(str(values), preset, size.batch, size.sequence, options.precision, size.recompute)
+    precision = options.precision or fast_precision()
+    work = Work(str(values), preset, size.batch, size.sequence, precision, size.recompute)
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     progress(f"{preset}: forming the first values")
     facts = write_values(work)
-    cases = selected(all_cases(size, facts, options.precision, options.deepspeed), options.cases or ["*"])
+    cases = selected(all_cases(size, facts, precision, options.deepspeed), options.cases or ["*"])
     left_out = {case.name: case.left_out for case in cases if case.left_out}
     for name, reason in left_out.items():
         progress(f"left out: {name}: {reason}")
