@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import angelptm_native as native
 import torch
@@ -18,7 +20,8 @@ _log = logging.getLogger("angelptm")
 
 _DRIVE_SECONDS = 0.25
 _CORE_SECONDS = 0.02  # for each rate that is measured on a core
-_BESIDE_SECONDS = 0.1  # for computing and updating beside each other: many of the scheduler's slices
+# For computing and updating beside each other: rounds, and the turns in them, some of the scheduler's slices each.
+_ROUNDS, _TURN_SECONDS = 5, 0.025
 _LEAST_WATCHED_SECONDS = 0.1
 _MATMUL_ROWS, _MATMUL_SIZE = 256, 1024
 _MOST_SCRATCH_ELEMENTS = 1 << 19  # 10 MiB of scratch memory: more than a core's own caches
@@ -84,10 +87,7 @@ def measure_rates(
     # What lives on the SSD is checked when it has come, and sealed before it is written.
     checked_bytes = 2 * (1 + plan.moment_count) * 4 * states_staged + plan.param_itemsize * params_staged
     copy_seconds = _least_seconds(scratch.copy) / (elements * 4)
-    compute = _matmul(param_dtype)
-    compute()
-    compute_per_s = _per_second(compute, _BESIDE_SECONDS)
-    compute_share, update_share = _beside(compute, compute_per_s, scratch.update)
+    sharing = _sharing(store, plan, _matmul(param_dtype), scratch.update)
     return Rates(
         ssd_read_bytes_per_s=drive["read_bytes_per_s"],
         ssd_write_bytes_per_s=drive["write_bytes_per_s"],
@@ -100,10 +100,7 @@ def measure_rates(
         cores=len(os.sched_getaffinity(0)),
         compute_uses_cores=True,
         compute_threads=torch.get_num_threads(),
-        compute_beside_update=compute_share,
-        update_beside_compute=update_share,
-        compute_beside_drive=_beside_drive(store, plan, compute, compute_per_s),
-        compute_per_s=compute_per_s,
+        **vars(sharing),
     )
 
 
@@ -156,6 +153,13 @@ class _Scratch:
         kernels.accumulate(self._grad, self._param, add=False)
 
 
+def compute_speed(dtype: torch.dtype) -> float:
+    """How fast computing is now: of a measure of its own, to be compared with ``Rates.compute_per_s``."""
+    compute = _matmul(dtype)
+    compute()
+    return statistics.median(_per_second(compute, _TURN_SECONDS) for _ in range(3))
+
+
 def _matmul(dtype: torch.dtype) -> Callable[[], None]:
     """Computing as models do: most of their time is in products of matrices."""
     left = torch.zeros(_MATMUL_ROWS, _MATMUL_SIZE, dtype=dtype)
@@ -177,31 +181,58 @@ def _per_second(act: Callable[[], None], seconds: float) -> float:
             return count / taken
 
 
-def _beside(compute: Callable[[], None], compute_per_s: float, update: Callable[[], None]) -> tuple[float, float]:
-    """Speeds of computing and of a thread that updates beside each other, parts of what each has alone."""
+@dataclass
+class _Sharing:
+    """How fast computing is by itself, and what it and others keep of their speed beside each other."""
+
+    compute_per_s: float
+    compute_beside_update: float
+    update_beside_compute: float
+    compute_beside_drive: float | None
+
+
+def _sharing(store: native.Store, plan: Plan, compute: Callable[[], None], update: Callable[[], None]) -> _Sharing:
+    """In turns of some milliseconds, since other tenants of a machine change its speed from one tenth of a second to
+    the next: a part is that of neighbouring turns, and the median of all rounds counts."""
+    compute()
     update()
-    update_per_s = _per_second(update, _BESIDE_SECONDS / 2)
+    uses_drive = _uses_drive(plan)
+    alone, beside_update, beside_compute = [], [], []
+    beside_drive: list[float] = []
     with ThreadPoolExecutor(1) as other:
-        updating = other.submit(_per_second, update, _BESIDE_SECONDS)
-        computed = _per_second(compute, _BESIDE_SECONDS)
-        updated = updating.result()
-    return min(1.0, computed / compute_per_s), min(1.0, updated / update_per_s)
+        other.submit(update).result()
+        for _ in range(_ROUNDS):
+            before = _per_second(compute, _TURN_SECONDS)
+            update_alone = _per_second(update, _TURN_SECONDS / 2)
+            updating = other.submit(_per_second, update, _TURN_SECONDS)
+            computed = _per_second(compute, _TURN_SECONDS)
+            beside_compute.append(updating.result() / update_alone)
+            now = (before + _per_second(compute, _TURN_SECONDS)) / 2
+            alone.append(now)
+            beside_update.append(computed / now)
+            if not uses_drive:
+                continue
+            moving = other.submit(store.probe_drive, _TURN_SECONDS)
+            count, start = 0, time.perf_counter()
+            while not moving.done():
+                compute()
+                count += 1
+            seconds = time.perf_counter() - start
+            if moving.exception() is not None or moving.result() is None:
+                uses_drive = False  # why was said before
+                beside_drive.clear()
+            else:
+                beside_drive.append(count / seconds / now)
 
+    def part(found: list[float]) -> float:
+        return min(1.0, statistics.median(found))
 
-def _beside_drive(store: native.Store, plan: Plan, compute: Callable[[], None], compute_per_s: float) -> float | None:
-    """The speed of computing while the drive moves pages, a part of what it has alone."""
-    if not _uses_drive(plan):
-        return None
-    count, start = 0, time.perf_counter()
-    with ThreadPoolExecutor(1) as other:
-        moving = other.submit(store.probe_drive, _BESIDE_SECONDS)
-        while not moving.done():
-            compute()
-            count += 1
-        seconds = time.perf_counter() - start
-        if moving.exception() is not None or moving.result() is None:
-            return None
-    return min(1.0, count / seconds / compute_per_s)
+    return _Sharing(
+        statistics.median(alone),
+        part(beside_update),
+        part(beside_compute),
+        part(beside_drive) if beside_drive else None,
+    )
 
 
 def _least_seconds(act: Callable[[], None]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +11,7 @@ from angelptm.config import Config
 from angelptm.engine.assembly import Parts
 from angelptm.engine.dtypes import TORCH_DTYPES
 from angelptm.engine.hooks import Hooks
-from angelptm.engine.measure import DriveWatch, measure_rates
+from angelptm.engine.measure import DriveWatch, compute_speed, measure_rates
 from angelptm.engine.optimizer import RULES
 from angelptm.engine.scheduler import Scheduler
 from angelptm.engine.setup import grad_precision
@@ -51,7 +52,7 @@ class Planning:
         self.rates: Rates | None = None
         self.prediction: Prediction | None = None
         self._chosen: Schedule | None = None
-        self._traced_per_s: float | None = None  # how fast computing was when steps were traced
+        self._speeds: list[float] = []  # of computing, between the steps that are traced
         self._peak_bytes = peak_bytes
         self._peaks: dict[str, int] = {}  # before what is predicted
         self._watch = DriveWatch(parts.store)
@@ -88,8 +89,8 @@ class Planning:
         trace, rates = self.trace, self._measure()
         if self._chosen is None or trace is None or rates is None:
             return None
-        if self._traced_per_s and rates.compute_per_s:
-            trace = trace.scaled(self._traced_per_s / rates.compute_per_s)
+        if rates.compute_per_s:
+            trace = trace.scaled(statistics.mean(self._speeds) / rates.compute_per_s)
         self.rates = rates
         self.prediction = simulate(self._parts.plan, trace, self._chosen, rates, self._settings)
         return self.facts()
@@ -109,6 +110,7 @@ class Planning:
             return
         traced = self._tracer.end_step(0, {})
         self._parts.updates.drain()
+        self._speeds.append(compute_speed(self._parts.dtype))
         trace = self._tracer.trace
         if traced and trace is not None and self._tracer.steps >= TRACED_STEPS:
             self.rates = self._measure()
@@ -120,7 +122,6 @@ class Planning:
     def _conclude(self, trace: Trace, rates: Rates) -> None:
         plan = self._parts.plan
         self._peaks = self._peak_bytes()
-        self._traced_per_s = rates.compute_per_s
         seconds = max(_CHOOSING_SECONDS, _CHOOSING_PART * trace.step_seconds)
         self._chosen, self.prediction = choose(plan, trace, rates, self._settings, lead=self._lead, seconds=seconds)
         if self._settings.mode == "planned":

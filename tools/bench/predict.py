@@ -64,7 +64,7 @@ CASES = [
     Case("demo tiny arena", "judge", "gpt2-demo", 64, 1, 10 * MIB, 64 * MIB, "1MiB", ON_SSD),
     Case("demo gradients ssd", "calibrate", "gpt2-demo", 64, 2, 16 * MIB, 48 * MIB, "1MiB", ALL_ON_SSD),
     Case("124M ssd", "calibrate", "gpt2", 256, 1, 256 * MIB, 512 * MIB, "4MiB", ON_SSD),
-    Case("124M host", "judge", "gpt2", 256, 1, 384 * MIB, 2560 * MIB, "4MiB", {"param": "device", "states": "host"}),
+    Case("124M host", "judge", "gpt2", 256, 1, 640 * MIB, 3072 * MIB, "4MiB", {"param": "device", "states": "host"}),
     Case("124M half clipped", "judge", "gpt2", 256, 2, 256 * MIB, 1536 * MIB, "4MiB", {"states": 0.5}, clip=True),
     Case("124M tiny arena", "calibrate", "gpt2", 256, 1, 160 * MIB, 512 * MIB, "4MiB", ON_SSD),
     Case("124M serial", "judge", "gpt2", 256, 1, 256 * MIB, 512 * MIB, "4MiB", ON_SSD, execution={"moves": "serial"}),
@@ -115,10 +115,16 @@ class Run:
         self.engine.backward(loss)
         self.engine.step()
 
+    def predict(self) -> float:
+        said = self.engine._planning.predict_again()
+        assert said is not None, "the traced steps are over"
+        seconds: float = said["step_seconds"]
+        return seconds
+
     def block(self, steps: int) -> None:
         """Steps after a first one that brings the step into its rhythm, each from its start to the next one's. The
-        prediction is made anew with the rates of now."""
-        self.predicted.append(self.engine._planning.predict_again()["step_seconds"])
+        prediction is the mean of those with the rates before and after them."""
+        before = self.predict()
         self.step()
         starts = [time.perf_counter()]
         for _ in range(steps):
@@ -127,6 +133,7 @@ class Run:
         self.measured.append((starts[-1] - starts[0]) / steps)
         self.load.append(os.getloadavg()[0])
         self.engine.drain()
+        self.predicted.append((before + self.predict()) / 2)
 
     def result(self) -> dict[str, Any]:
         said = self.engine.prediction()
