@@ -248,6 +248,7 @@ class Engine:
         start = time.perf_counter()
         self.grad_norm = self._stepping.take_step(max_norm)
         self._planning.end_step()
+        self._stepping.end_step()
         if self._recording is not None:
             self._recording.end_step(start)
             if self._recording.done:

@@ -189,12 +189,18 @@ class Stepping:
         self._gradients.passed()
         self._progress.global_step += 1
         self._scheduler.expect(self._completed if self.in_backward else self._forward_order())
-        if self._config.execution.moves == "serial":
-            self._updates.drain()
-        elif self._config.execution.moves == "planned":
+        if self._config.execution.moves == "planned":
             self._scheduler.end_step()
         self.seconds += time.perf_counter() - start
         return norm
+
+    def end_step(self) -> None:
+        """To be called after ``take_step``, when the step was traced: a serial step waits for its updates, which is
+        no part of its computing."""
+        if self._config.execution.moves == "serial":
+            start = time.perf_counter()
+            self._updates.drain()
+            self.seconds += time.perf_counter() - start
 
     def _forward_order(self) -> list[int]:
         return sorted(self._completed, key=self._scheduler.rank)
