@@ -88,6 +88,7 @@ def said(prediction: dict[str, Any]) -> dict[str, int]:
     }
 
 
+@pytest.mark.measures
 def test_nothing_is_predicted_before_the_traced_steps_are_over(engine: Engine) -> None:
     steps(engine, 2)
     assert engine.prediction() is None
@@ -99,6 +100,7 @@ def test_nothing_is_predicted_before_the_traced_steps_are_over(engine: Engine) -
     assert {"busy_seconds", "stall_seconds", "bottleneck", "second_bottleneck", "rates"} <= prediction.keys()
 
 
+@pytest.mark.measures
 def test_predicted_traffic_is_what_moves(engine: Engine) -> None:
     steps(engine, 6)
     before, count = moved(engine), 8
@@ -112,6 +114,7 @@ def test_predicted_traffic_is_what_moves(engine: Engine) -> None:
         assert found == pytest.approx(size, rel=0.02, abs=2 * PAGE), link
 
 
+@pytest.mark.measures
 def test_predicted_peaks_are_what_is_held(engine: Engine) -> None:
     steps(engine, 8)
     engine.drain()
@@ -123,6 +126,7 @@ def test_predicted_peaks_are_what_is_held(engine: Engine) -> None:
     assert engine._store.slot_peak_count * PAGE <= engine.peak_bytes()["ssd"]
 
 
+@pytest.mark.measures
 def test_traced_steps_compute_alone_and_tell_computing_from_waiting(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, **CASES["ssd"], faults=SLOW)
     start = time.perf_counter()
@@ -140,6 +144,7 @@ def test_traced_steps_compute_alone_and_tell_computing_from_waiting(tmp_path: Pa
     engine.close()
 
 
+@pytest.mark.measures
 def test_what_the_drive_gave_to_the_run_goes_before_what_a_probe_finds(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, **CASES["ssd"], faults=SLOW)  # which spare the probe
     steps(engine, TRACED_STEPS)
@@ -150,6 +155,7 @@ def test_what_the_drive_gave_to_the_run_goes_before_what_a_probe_finds(tmp_path:
     engine.close()
 
 
+@pytest.mark.measures
 def test_measuring_is_short_and_changes_nothing(engine: Engine) -> None:
     steps(engine, 1)
     engine.drain()
@@ -172,6 +178,7 @@ def test_measuring_is_short_and_changes_nothing(engine: Engine) -> None:
     assert all(torch.equal(found[name], value) for name, value in content.items())
 
 
+@pytest.mark.measures
 def test_a_small_store_is_measured_with_few_bytes(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, **CASES["ssd"])
     found = engine._store.probe_drive(0.25)
@@ -183,6 +190,7 @@ def test_a_small_store_is_measured_with_few_bytes(tmp_path: Path) -> None:
     assert found["moved_bytes"] <= 10 * (max(2 * found["slots"] * PAGE, store_bytes / 8) + found["slots"] * PAGE)
 
 
+@pytest.mark.measures
 def test_a_store_without_ssd_pages_is_not_measured(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, **CASES["host"])
     assert engine._store.probe_drive(0.25) is None
