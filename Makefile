@@ -52,7 +52,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup $(VENV)/.browser
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The test of the report looks at it in Chromium, and skips where there is none and none can be installed.
 $(VENV)/.browser: $(VENV)/.installed

@@ -192,7 +192,7 @@ def arguments_of() -> argparse.Namespace:
 def main() -> int:
     global _runner
     arguments = arguments_of()
-    prepare()
+    prepare(measure=not arguments.small)
     start = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="crash-test-", dir=arguments.folder))
     _runner = Runner(folder)

@@ -30,6 +30,12 @@ class Ticket {
     if (--remaining_ == 0) finished_.notify_all();
   }
 
+  // The error of a part that is not finished yet: error() shows it at once, and nobody is woken.
+  void set_error(const std::exception_ptr& error) {
+    std::lock_guard lock(mutex_);
+    if (!error_) error_ = error;
+  }
+
   bool done() const {
     std::lock_guard lock(mutex_);
     return remaining_ == 0;

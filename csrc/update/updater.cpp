@@ -58,9 +58,9 @@ void expect_valid(const Work& work, const std::vector<Span>& spans, const std::v
 
 }  // namespace
 
-void Updater::Task::fail(const std::exception_ptr& error) const {
-  batch->tickets.published->finish_part(error);
-  batch->tickets.done->finish_part(error);
+void Updater::Task::set_error(const std::exception_ptr& error, bool published) const {
+  if (!published) batch->tickets.published->set_error(error);
+  batch->tickets.done->set_error(error);
 }
 
 Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engines, std::vector<Span> spans,
@@ -106,8 +106,14 @@ Updater::~Updater() {
 }
 
 void Updater::fail(const Task& task, const std::exception_ptr& error) {
-  task.fail(error);
+  task.set_error(error, false);
   give_up_publish(task.work.span);
+  {
+    std::lock_guard lock(mutex_);
+    states_[task.work.span].open = false;
+  }
+  task.batch->tickets.published->finish_part();
+  task.batch->tickets.done->finish_part();
 }
 
 void Updater::give_up_publish(std::uint32_t span) {
@@ -204,10 +210,12 @@ void Updater::run(Worker& worker) {
     } catch (...) {
       // The device does not answer. The waiters learn it from their own deadlines, which name the unit; the frames stay
       // with the kernel, so this thread may neither reuse nor release them.
-      std::lock_guard lock(mutex_);
+      std::unique_lock lock(mutex_);
       if (!failed_) failed_ = std::current_exception();
       if (stopping_) {
-        worker.give_up(failed_);
+        const std::exception_ptr failed = failed_;
+        lock.unlock();
+        worker.give_up(failed);
         return;
       }
     }

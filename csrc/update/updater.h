@@ -101,8 +101,9 @@ class Updater {
   void run(Worker& worker);
   void stop();
   void fail(const Task& task, const std::exception_ptr& error);  // which no worker has begun
-  // The span's parameters stay what they are. To be called when its ticket says why: who waits for the new version must
-  // not take the former one for it.
+  // The span's parameters stay what they are. To be called when its tickets say why, since who waits for the new
+  // version must not take the former one for it; and before they are done, since the next update raises the version
+  // again.
   void give_up_publish(std::uint32_t span);
 
   static constexpr std::size_t kMostRingDepth = 1024;

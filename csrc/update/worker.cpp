@@ -102,7 +102,6 @@ bool Updater::Worker::take_work(Lock& lock) {
       Task task = std::move(queue.begin()->second.front());
       queue.begin()->second.pop_front();
       if (const std::exception_ptr failed = updater_.failed_) {
-        updater_.states_[task.work.span].open = false;
         lock.unlock();
         updater_.fail(task, failed);
         lock.lock();
@@ -395,9 +394,9 @@ void Updater::Worker::fail(Flight& flight, const std::exception_ptr& error) {
     if (piece.slot) table_.cancel_slot(*piece.slot);
     piece.slot.reset();
   }
-  const std::uint32_t span = flight.span;
+  flight.task.set_error(error, flight.published);
+  updater_.give_up_publish(flight.span);
   finish(flight);
-  updater_.give_up_publish(span);
 }
 
 void Updater::Worker::wait_for_io() {
@@ -438,9 +437,10 @@ void Updater::Worker::give_up(const std::exception_ptr& error) {
   adopted_.clear();
   for (const Flight& flight : flights_)
     if (flight.stage != Flight::Stage::kIdle && flight.task.batch) {
-      if (!flight.published) flight.task.batch->tickets.published->finish_part(error);
-      flight.task.batch->tickets.done->finish_part(error);
+      flight.task.set_error(error, flight.published);
       updater_.give_up_publish(flight.span);
+      if (!flight.published) flight.task.batch->tickets.published->finish_part();
+      flight.task.batch->tickets.done->finish_part();
     }
 }
 

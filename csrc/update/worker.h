@@ -24,7 +24,7 @@ struct Updater::Task {
   std::shared_ptr<Batch> batch;  // null: there is none
   Work work;
 
-  void fail(const std::exception_ptr& error) const;
+  void set_error(const std::exception_ptr& error, bool published) const;  // of parts that are not finished yet
 };
 
 // One ring slot: a span from its first read to its last write. Owns its staging frames for good. A span that is read

@@ -30,7 +30,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run of every case that needs nothing but this project."""
     folder = tmp_path_factory.mktemp("drive")
     out = tmp_path_factory.mktemp("out") / "step.json"
-    done = run(["--json", "--folder", str(folder), "--out", str(out)])
+    done = run(["--json", "--steps", "1", "--folder", str(folder), "--out", str(out)])
     assert done.returncode == 0, done.stderr
     assert not list(folder.iterdir())
     printed: dict[str, Any] = json.loads(done.stdout)

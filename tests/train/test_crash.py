@@ -19,6 +19,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "crash_test.py"
 MEMORY = Path("/dev/shm")
 
 
+@pytest.mark.slow
 def test_killed_runs_equal_uninterrupted_ones_and_broken_rules_are_noticed(tmp_path: Path) -> None:
     """One process for all, since it takes longer to import torch than to kill a dozen runs."""
     results = tmp_path / "results.json"
