@@ -107,6 +107,8 @@ class Rounds:
             staying = [one for one in self.series if one.lives_on]
             for one in staying:  # importing libraries side by side
                 self._start(one)
+            for one in staying:  # and not beside the first steps of others, which their plans are made from
+                self._workers[one.case.name].reply()
             for one in staying:
                 self._warm_up(one)
             for number in range(self._size.rounds):
@@ -125,6 +127,7 @@ class Rounds:
     def _block(self, one: Series) -> None:
         if one.case.name not in self._workers:
             self._start(one)
+            self._workers[one.case.name].reply()
             self._warm_up(one)
         worker = self._workers[one.case.name]
         before = device_bytes(self._folder)
@@ -146,9 +149,9 @@ class Rounds:
         self._workers[one.case.name] = Worker(one.case.name, module, argument, python, **environment)
 
     def _warm_up(self, one: Series) -> None:
+        """To be called when its worker has said that it is ready."""
         self._progress(f"warming up: {one.case.name}")
         worker = self._workers[one.case.name]
-        worker.reply()
         one.losses.append([])
         one.warmed_up(worker.ask({"steps": WARM_UP_STEPS}))
 
