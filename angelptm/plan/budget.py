@@ -19,7 +19,7 @@ from angelptm.units.layout import UnitLayout
 _STATE_ITEMSIZE = 4
 _MIN_STAGING = 2
 _AUTO_RING_DEPTH = 3
-_DEEPEST_AUTO_RING = 8
+_DEEPEST_AUTO_RING = 16
 
 
 @dataclass(frozen=True)
@@ -329,26 +329,27 @@ def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Sp
     in_memory = wishes.with_room(sum(wishes.total))
     everything = split(in_memory, frames - sum(in_memory))
     if everything.needed_frames <= frames:
-        return everything
+        return _deepened(budgets, demand, everything, frames)
     least = split(wishes.with_room(0), 0)
     if budgets.ssd and least.needed_frames <= frames:
         slot = (0 if param_on_device else 1) + demand.span_state_pages + demand.span_grad_pages
         full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth) + _saver_frames(budgets)
         shared = frames - wishes.fixed_sum
         moving = max(least.needed_frames - wishes.fixed_sum, min(full, shared // 2))
-        return _deepened(budgets, split(wishes.with_room(shared - moving), moving), frames)
+        return _deepened(budgets, demand, split(wishes.with_room(shared - moving), moving), frames)
     needed = min(everything, least, key=lambda one: one.needed_frames) if budgets.ssd else everything
     raise _host_error(budgets, needed, frames)
 
 
-def _deepened(budgets: Budgets, split: _Split, frames: int) -> _Split:
-    """A deeper ring where frames are left over, in which the updater reads states before their gradients come."""
-    if budgets.ring_depth is not None or not split.slot_frames:
+def _deepened(budgets: Budgets, demand: _Demand, split: _Split, frames: int) -> _Split:
+    """A deeper ring where frames are left over, in which the updater reads states before their gradients come: at most
+    one that holds all of them that live on the SSD."""
+    spans = math.ceil((demand.state_pages - split.states) / max(1, demand.span_state_pages))
+    if budgets.ring_depth is not None or split.depth < _AUTO_RING_DEPTH:
         return split
     deeper = replace(split, depth=split.depth + 1)
     while (
-        split.depth >= _AUTO_RING_DEPTH
-        and deeper.depth <= _DEEPEST_AUTO_RING
+        deeper.depth <= min(_DEEPEST_AUTO_RING, math.ceil(spans / split.threads))
         and deeper.needed_frames + budgets.queue_depth <= frames
     ):
         split, deeper = deeper, replace(deeper, depth=deeper.depth + 1)

@@ -74,6 +74,7 @@ class SimulatedStep:
             schedule.read_ahead_order if self._planned else (),
             threads=settings.update_threads or plan.update_threads,
             ring_depth=settings.ring_depth or plan.ring_depth,
+            write_depth=plan.write_depth,
             latency=rates.ssd_latency_seconds,
             elements_per_s=rates.update_elements_per_s,
             state_kinds=kinds,

@@ -73,6 +73,7 @@ class SimulatedUpdater:
         *,
         threads: int,
         ring_depth: int,
+        write_depth: int,
         latency: float,
         elements_per_s: float,
         state_kinds: int,
@@ -87,6 +88,9 @@ class SimulatedUpdater:
         self._sequence = [group for unit in read_ahead for group in groups[unit]]
         self._next_ahead = 0  # counts on from step to step
         self._depth, self._latency, self._rate = ring_depth, latency, elements_per_s
+        self._write_depth = write_depth
+        self._writing = [0] * threads
+        self._computed: list[list[Group]] = [[] for _ in range(threads)]
         self._state_kinds = state_kinds
         self._published, self._written, self._moved, self._drawn = published, written, moved, drawn
         self._queue: list[tuple[int, int, Group]] = []
@@ -184,8 +188,7 @@ class SimulatedUpdater:
     def _compute(self, worker: int) -> None:
         if self._computing[worker] or not self._ready[worker]:
             return
-        ready = self._ready[worker]
-        group = ready.pop(min(range(len(ready)), key=lambda place: (self._order[ready[place].unit], place)))
+        group = self._soonest(self._ready[worker])
         self._computing[worker] = True
         start = self._machine.now
 
@@ -194,13 +197,23 @@ class SimulatedUpdater:
             self.kernel_seconds += self._machine.now - start
             self._drawn(f"update {worker}", "kernel", start, group.param_content_bytes)
             self._moved("PARAM", "published", group.param_content_bytes)
-            self._write(group)
+            self._computed[worker].append(group)
+            self._write_computed(worker)
             self._published(group)
             self._compute(worker)
 
         self._machine.run_on_core(group.elements / self._rate, done)
 
+    def _soonest(self, groups: list[Group]) -> Group:
+        return groups.pop(min(range(len(groups)), key=lambda place: (self._order[groups[place].unit], place)))
+
+    def _write_computed(self, worker: int) -> None:
+        while self._computed[worker] and self._writing[worker] < self._write_depth:
+            self._writing[worker] += 1
+            self._write(self._soonest(self._computed[worker]))
+
     def _write(self, group: Group) -> None:
+        worker = group.worker
         size = group.state_bytes + group.param_ssd_bytes
         start = self._machine.now
 
@@ -208,8 +221,10 @@ class SimulatedUpdater:
             if size:
                 self._drawn("ssd write", "states and parameters", start, size)
             group.finished += 1
-            self.active[group.worker] -= 1
+            self.active[worker] -= 1
+            self._writing[worker] -= 1
             group.worker = -1
+            self._write_computed(worker)
             if group.finished < group.queued:
                 self._enqueue(group)
             self._written(group)

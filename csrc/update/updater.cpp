@@ -219,7 +219,9 @@ void Updater::run(Worker& worker) {
         return;
       }
     }
+    worker.write_computed();
     worker.compute_one();
+    worker.write_computed();
   }
 }
 

@@ -58,7 +58,7 @@ struct UpdaterOptions {
   DType grad_dtype = DType::kF32;
   DType param_dtype = DType::kF32;
   double deadline_seconds = 120;
-  std::size_t write_depth = 3;  // of the ring: spans that may be written at once, since each needs fresh slots
+  std::size_t write_depth = 3;  // of the ring: spans that are written at once at most, since each needs fresh slots
 };
 
 // What submit returns. `published`: the new parameters can be read, which is before the states are written. `done`: the

@@ -46,14 +46,18 @@ std::size_t Updater::Worker::ahead_count() const {
       std::count_if(flights_.begin(), flights_.end(), [](const Flight& flight) { return flight.ahead(); }));
 }
 
-bool Updater::Worker::may_compute(const Flight& flight) const {
-  if (flight.stage != Flight::Stage::kReady || !flight.task.batch) return false;
-  return writing_ < updater_.options_.write_depth || flight.frames.empty();
+Updater::Flight* Updater::Worker::soonest(Flight::Stage stage) {
+  Flight* found = nullptr;
+  for (Flight& flight : flights_)
+    if (flight.stage == stage && flight.task.batch &&
+        (found == nullptr || flight.task.batch->rank < found->task.batch->rank))
+      found = &flight;
+  return found;
 }
 
 bool Updater::Worker::has_something_to_do(Lock&) const {
   return waits_for_io() ||
-         std::any_of(flights_.begin(), flights_.end(), [this](const Flight& flight) { return may_compute(flight); });
+         std::any_of(flights_.begin(), flights_.end(), [](const Flight& flight) { return may_compute(flight); });
 }
 
 // Forgets what was read ahead and is expected no more.
@@ -237,22 +241,31 @@ void Updater::Worker::submit(Flight& flight, const std::vector<io::Transfer>& tr
   }
 }
 
-// The ready span that is needed soonest.
+// The new parameters are there before their states wait for their turn to be written.
 bool Updater::Worker::compute_one() {
-  Flight* next = nullptr;
-  for (Flight& flight : flights_)
-    if (may_compute(flight) && (next == nullptr || flight.task.batch->rank < next->task.batch->rank)) next = &flight;
-  if (next == nullptr) return false;
-  Flight& flight = *next;
+  Flight* flight = soonest(Flight::Stage::kReady);
+  if (flight == nullptr) return false;
   try {
-    check_pages(flight);
-    compute(flight);
-    publish_param(flight);
-    write(flight);
+    check_pages(*flight);
+    compute(*flight);
+    publish_param(*flight);
+    flight->stage = Flight::Stage::kComputed;
   } catch (...) {
-    fail(flight, std::current_exception());
+    fail(*flight, std::current_exception());
   }
   return true;
+}
+
+void Updater::Worker::write_computed() {
+  while (writing_ < updater_.options_.write_depth) {
+    Flight* flight = soonest(Flight::Stage::kComputed);
+    if (flight == nullptr) return;
+    try {
+      write(*flight);
+    } catch (...) {
+      fail(*flight, std::current_exception());
+    }
+  }
 }
 
 // Here and not when the reads arrive: the kernel finds in the cache what was just checked.
@@ -405,7 +418,7 @@ void Updater::Worker::wait_for_io() {
   std::vector<io::Outcome> outcomes;
   // A ready span means there is something better to do than wait.
   const bool compute_next =
-      std::any_of(flights_.begin(), flights_.end(), [this](const Flight& flight) { return may_compute(flight); });
+      std::any_of(flights_.begin(), flights_.end(), [](const Flight& flight) { return may_compute(flight); });
   std::exception_ptr stuck;
   const auto waiting = compute_next ? timeline::Clock::time_point{} : timeline::begin();
   try {

@@ -50,7 +50,7 @@ struct Updater::Flight {
   std::size_t transfers_left = 0;
   io::Clock::time_point submitted{};  // the first of these transfers, while a timeline is recorded
   std::uint64_t submitted_bytes = 0;  // of all of them
-  enum class Stage : std::uint8_t { kIdle, kReading, kReady, kWriting } stage = Stage::kIdle;
+  enum class Stage : std::uint8_t { kIdle, kReading, kReady, kComputed, kWriting } stage = Stage::kIdle;
   bool lent = false;       // the fetcher may be reading the parameter frame
   bool published = false;  // the batch's `published` was told
   std::exception_ptr error;
@@ -95,6 +95,7 @@ class Updater::Worker {
   bool has_something_to_do(Lock&) const;  // without anything's arriving
   bool take_work(Lock& lock);             // lets go of the lock; false when there was nothing to take
   bool compute_one();                     // false when nothing is ready
+  void write_computed();                  // as many as may be written at once
   void wait_for_io();
   // The device does not answer: tells those who wait for what is in flight.
   void give_up(const std::exception_ptr& error);
@@ -102,7 +103,11 @@ class Updater::Worker {
  private:
   Flight* idle_flight();
   std::size_t ahead_count() const;
-  bool may_compute(const Flight& flight) const;
+  static bool may_compute(const Flight& flight) {
+    return flight.stage == Flight::Stage::kReady && flight.task.batch != nullptr;
+  }
+  Flight* soonest(
+      Flight::Stage stage);  // of those at a stage that have a task, the one that is needed soonest; or null
   bool drop_ahead(Lock& lock);
   void start(std::uint32_t span, Flight& flight);
   void attach(Flight& flight, Task task);

@@ -131,6 +131,9 @@ def _paged(size: Size, parameters: int, precision: str) -> list[Case]:
     return [
         case("angelptm ssd"),
         case("angelptm ssd clipped", clip=True),
+        # Host memory in which the updater can have read the states of the largest unit before its gradients come.
+        case("angelptm ssd roomy", host=2 * size.host),
+        case("angelptm ssd roomy clipped", host=2 * size.host, clip=True),
         case("angelptm half", host=size.host + states * 11 // 20, placement={"param": "ssd", "states": 0.5}),
         case(
             "angelptm host",
