@@ -14,7 +14,7 @@ import angelptm_native as native
 import torch
 
 from angelptm import kernels
-from angelptm.plan import Plan, Rates
+from angelptm.plan import NOMINAL_RATES, Plan, Rates
 
 _log = logging.getLogger("angelptm")
 
@@ -25,12 +25,12 @@ _ROUNDS, _TURN_SECONDS = 5, 0.025
 _LEAST_WATCHED_SECONDS = 0.1
 _MATMUL_ROWS, _MATMUL_SIZE = 256, 1024
 _MOST_SCRATCH_ELEMENTS = 1 << 19  # 10 MiB of scratch memory: more than a core's own caches
-# Of a common NVMe drive: for what no transfer of this run ever meets, or when the drive gave no answer.
+# For what no transfer of this run ever meets, or when the drive gave no answer.
 _NOMINAL_DRIVE = {
-    "read_bytes_per_s": 2e9,
-    "write_bytes_per_s": 1e9,
-    "mixed_bytes_per_s": 1.5e9,
-    "latency_seconds": 1e-4,
+    "read_bytes_per_s": NOMINAL_RATES.ssd_read_bytes_per_s,
+    "write_bytes_per_s": NOMINAL_RATES.ssd_write_bytes_per_s,
+    "mixed_bytes_per_s": NOMINAL_RATES.ssd_mixed_bytes_per_s,
+    "latency_seconds": NOMINAL_RATES.ssd_latency_seconds,
 }
 
 

@@ -15,12 +15,13 @@ from angelptm.plan.describe import plan_rows, plan_summary
 from angelptm.plan.jsonfile import PlanFileError
 from angelptm.plan.moves import make_schedule, planned_offsets
 from angelptm.plan.prediction import Prediction, Settings
-from angelptm.plan.rates import Rates
+from angelptm.plan.rates import NOMINAL_RATES, Rates
 from angelptm.plan.schedule import CopyOut, Fetch, Schedule, Traffic, WriteBack
 from angelptm.plan.simulate import simulate
 from angelptm.plan.trace import GradientDone, Trace, Use, synthetic_trace
 
 __all__ = [
+    "NOMINAL_RATES",
     "ArenaPlacement",
     "Budgets",
     "CommitBudget",

@@ -76,5 +76,20 @@ class Rates:
         return Rates.from_json(jsonfile.read_text(path, _KIND, _REMEDY), str(path))
 
 
+NOMINAL_RATES = Rates(
+    ssd_read_bytes_per_s=2e9,
+    ssd_write_bytes_per_s=1e9,
+    ssd_mixed_bytes_per_s=1.5e9,
+    ssd_latency_seconds=1e-4,
+    host_to_device_bytes_per_s=8e9,
+    device_to_host_bytes_per_s=8e9,
+    update_elements_per_s=5e8,
+    gradient_bytes_per_s=5e9,
+    cores=2,
+    compute_uses_cores=True,
+)
+"""Of a common small machine with an NVMe drive: for what is planned without measuring one."""
+
+
 def _or_none(fields: jsonfile.Fields, name: str) -> float | None:
     return None if fields.raw(name, "a number or null") is None else fields.number(name, positive=True)

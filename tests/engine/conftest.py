@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from angelptm.engine import Engine
-from angelptm.plan import Rates
+from angelptm.plan import NOMINAL_RATES
 
 from .reference import Reference
 from .training import tight_config
@@ -26,26 +26,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# Of no machine: what is planned with them is the same everywhere.
-RATES = Rates(
-    ssd_read_bytes_per_s=3e9,
-    ssd_write_bytes_per_s=1.5e9,
-    ssd_mixed_bytes_per_s=2e9,
-    ssd_latency_seconds=1e-4,
-    host_to_device_bytes_per_s=8e9,
-    device_to_host_bytes_per_s=8e9,
-    update_elements_per_s=5e8,
-    gradient_bytes_per_s=5e9,
-    cores=2,
-    compute_uses_cores=True,
-)
-
-
 @pytest.fixture(autouse=True)
 def _known_rates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans from given rates, since measuring takes longer than the steps of a small model; but for tests of it."""
     if request.node.get_closest_marker("measures") is None:
-        monkeypatch.setattr("angelptm.engine.planning.measure_rates", lambda *_, **__: RATES)
+        monkeypatch.setattr("angelptm.engine.planning.measure_rates", lambda *_, **__: NOMINAL_RATES)
         monkeypatch.setattr("angelptm.engine.planning.compute_speed", lambda _: 1.0)
 
 

@@ -9,23 +9,12 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from angelptm.errors import CapacityError
-from angelptm.plan import Budgets, GradientDone, Plan, Rates, SsdBudget, Trace, make_plan, synthetic_trace
+from angelptm.plan import NOMINAL_RATES, Budgets, GradientDone, Plan, SsdBudget, Trace, make_plan, synthetic_trace
 from angelptm.units import UnitLayout, pack
 
 PAGE = 65536
 FREE = 2**45
-RATES = Rates(
-    ssd_read_bytes_per_s=3e9,
-    ssd_write_bytes_per_s=1.5e9,
-    ssd_mixed_bytes_per_s=2.2e9,
-    ssd_latency_seconds=1e-4,
-    host_to_device_bytes_per_s=8e9,
-    device_to_host_bytes_per_s=8e9,
-    update_elements_per_s=5e8,
-    gradient_bytes_per_s=5e9,
-    cores=2,
-    compute_uses_cores=True,
-)
+RATES = replace(NOMINAL_RATES, ssd_read_bytes_per_s=3e9, ssd_write_bytes_per_s=1.5e9, ssd_mixed_bytes_per_s=2.2e9)
 
 
 def layout_of(index: int, trainable: int, frozen: int = 0, itemsize: int = 4) -> UnitLayout:

@@ -18,25 +18,13 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (imported before the
 
 from angelptm.config import Config
 from angelptm.engine import Engine, planning
-from angelptm.plan import Rates
+from angelptm.plan import NOMINAL_RATES
 from angelptm.train import train
 from crash.broken import BROKEN
 from crash.watch import Kill, SmallWrites, Watch
 from io_engine.power_cut import MetadataJournal
 
 DEADLINE_SECONDS = 120.0
-_RATES = Rates(
-    ssd_read_bytes_per_s=2e9,
-    ssd_write_bytes_per_s=1e9,
-    ssd_mixed_bytes_per_s=1.5e9,
-    ssd_latency_seconds=1e-4,
-    host_to_device_bytes_per_s=8e9,
-    device_to_host_bytes_per_s=8e9,
-    update_elements_per_s=5e8,
-    gradient_bytes_per_s=5e9,
-    cores=2,
-    compute_uses_cores=True,
-)
 
 
 @dataclass(frozen=True)
@@ -165,5 +153,5 @@ def prepare(*, measure: bool) -> None:
     given rates, since to measure the machine's takes longer than the rest of a run."""
     torch.set_num_threads(1)
     if not measure:
-        planning.measure_rates = lambda *_, **__: _RATES
+        planning.measure_rates = lambda *_, **__: NOMINAL_RATES
         planning.compute_speed = lambda _: 1.0
