@@ -151,7 +151,7 @@ def test_interrupted_run_leaves_no_process_and_no_file(sent: signal.Signals, tmp
 
 def start(folder: Path) -> subprocess.Popen[str]:
     """A run of one case, returned in its second round."""
-    arguments = [*COMMAND, "--cases", "angelptm ssd", "--rounds", "1000", "--folder", str(folder)]
+    arguments = [*COMMAND, "--cases", "angelptm ssd", "--rounds", "1000", "--steps", "1", "--folder", str(folder)]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     assert any(line.startswith("round 2") for line in process.stderr)
