@@ -192,7 +192,13 @@ class SimulatedFetcher:
             while arrival.issued and self._used_frames >= quota and self._kept:
                 self._drop(next(iter(self._kept)))
             whole = self._transfers[arrival.unit].fetch_ssd_pages
-            pages = min(arrival.unread_pages, quota - self._used_frames, -(-whole // _READS_PER_FETCH))
+            # Half of the frames at most, as one read is under way while the one before it is copied.
+            pages = min(
+                arrival.unread_pages,
+                quota - self._used_frames,
+                max(1, quota // 2),
+                -(-whole // _READS_PER_FETCH),
+            )
             if pages <= 0:
                 return
             size = arrival.unread_ssd * pages // arrival.unread_pages
