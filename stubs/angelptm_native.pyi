@@ -239,6 +239,10 @@ class Store:
     def page_version(self, page: int) -> int: ...
     def page_home(self, page: int) -> Home: ...
     def home_address(self, page: int) -> int: ...
+    def hold(self, pages: Sequence[int]) -> list[tuple[int, int]]:
+        """(frame, version) of each host page: content that stays there until ``release_held``."""
+
+    def release_held(self, frames: Sequence[int]) -> None: ...
     def publish_in_place(self, page: int) -> None: ...
     def discard(self, page: int) -> None: ...
     def page_written(self, page: int) -> bool: ...
@@ -310,6 +314,12 @@ class Fetcher:
     ) -> Ticket:
         """``items``: (page, address that gets its content) each."""
 
+    def fetch_held(
+        self, what: str, items: Sequence[tuple[int, int, int]], *, release: bool, urgent: bool = False
+    ) -> Ticket:
+        """``items``: (page, address that gets its content, frame that is held) each; with ``release`` the holds become
+        the fetcher's."""
+
     def read_ahead(self, pages: Sequence[int]) -> None: ...
     def let_go(self) -> None: ...
     @property
@@ -377,7 +387,29 @@ class Span:
         grad: Sequence[int],
         param: int | None,
         device_param: int | None,
+        step_grad: Sequence[int] = (),
     ) -> None: ...
+
+class SweepOrder:
+    ROUND_ROBIN: SweepOrder
+    MOST_GRADIENTS: SweepOrder
+    NEXT_NEEDED: SweepOrder
+
+class Combine:
+    MEAN: Combine
+    SUM: Combine
+
+class SweepOptions:
+    def __init__(
+        self,
+        *,
+        order: SweepOrder = ...,
+        combine: Combine = ...,
+        spare_frames: int,
+        ranks: Sequence[int],
+        niceness: int = 0,
+    ) -> None:
+        """``ranks``: of each span. ``niceness``: of the updating threads, above the process's."""
 
 class Updater:
     def __init__(
@@ -393,6 +425,7 @@ class Updater:
         write_depth: int = 3,
         fetcher: Fetcher | None = None,
         memory: object = None,
+        sweep: SweepOptions | None = None,
     ) -> None: ...
     def submit(
         self,
@@ -405,6 +438,28 @@ class Updater:
 
     def expect(self, spans: Sequence[int]) -> None: ...
     def recall(self) -> None: ...
+
+    # With ``sweep`` alone, and then instead of ``submit``.
+
+    def open(self, spans: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """The elements, (start, count), of each span that hold gradients."""
+
+    def open_empty(self, spans: Sequence[int], what: str) -> None: ...
+    def put_back(self, spans: Sequence[int]) -> None: ...
+    def hand_over(
+        self,
+        work: Sequence[tuple[int, Sequence[tuple[int, int, int]]]],
+        hypers: Sequence[Hyper],
+        from_step: bool,
+    ) -> None:
+        """``work`` as for submit. ``from_step``: the gradients are in the spans' ``step_grad`` pages."""
+
+    def wait_published(self, spans: Sequence[int], most_behind: int, what: str) -> None: ...
+    def wait_applied(self, spans: Sequence[int], counts: Sequence[int], what: str) -> None: ...
+    def are_applied(self, spans: Sequence[int], counts: Sequence[int]) -> bool: ...
+    def produced(self, spans: Sequence[int]) -> list[int]: ...
+    def published(self, spans: Sequence[int]) -> list[int]: ...
+    def set_position(self, rank: int) -> None: ...
     def utilisation(self) -> dict[str, float]: ...
 
 # ---- checksum (csrc/bind/bind_checksum.cpp) ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import angelptm_native as native
@@ -21,6 +22,7 @@ from angelptm.engine.leaves import UnitLeaves
 from angelptm.engine.optimizer import RULES
 from angelptm.engine.residency import Residency
 from angelptm.engine.setup import grad_precision
+from angelptm.engine.sweeping import SweptUpdates
 from angelptm.engine.updates import Updates
 from angelptm.engine.values import Values
 from angelptm.pages import Catalogue, PageIds, SlotFiles, allocate_pages, open_store
@@ -47,6 +49,11 @@ class Parts:
     leaves: list[UnitLeaves]
     residency: Residency
     dtype: torch.dtype
+
+    @property
+    def swept(self) -> SweptUpdates | None:
+        """The updates, where nobody waits for them."""
+        return self.updates if isinstance(self.updates, SweptUpdates) else None
 
 
 def assemble(
@@ -79,7 +86,8 @@ def assemble(
     pages = allocate_pages(store, plan, device.address(0))
     catalogue = Catalogue(plan, pages)
     fetcher = native.Fetcher(store, most_frames=plan.fetch_frames, memory=device)
-    updates = Updates(
+    make_updates = partial(SweptUpdates, update=config.update) if config.update.is_swept else Updates
+    updates = make_updates(
         store,
         plan,
         pages,

@@ -150,6 +150,11 @@ class Commits:
         self._thread = threading.Thread(target=self._make, args=(cut,), name="angelptm-commit")
         self._thread.start()
 
+    def lacks(self, unit: int) -> bool:
+        """Whether a commit in the making is yet to capture the unit."""
+        cut = self._cut
+        return cut is not None and not cut.done and unit not in cut.captured
+
     def before_change(self, unit: int) -> None:
         """To be called when the unit's last update is waited for and its pages are about to be written to: sees to it
         that the commit in the making has them. One that has failed is passed over, since a step that has begun must

@@ -104,7 +104,7 @@ class Engine:
         self._store, self._device, self._updates = parts.store, parts.device, parts.updates
         self._gradients, self._values, self._commits = parts.gradients, parts.values, parts.commits
         self._catalogue, self._fetcher = parts.catalogue, parts.fetcher
-        self._leaves, self._residency = parts.leaves, parts.residency
+        self._leaves, self._residency, self._swept = parts.leaves, parts.residency, parts.swept
         if self.config.gradient_checkpointing:
             checkpoint_blocks(self.module, structure)
         scheduler = Scheduler(structure.sites, parts.pages, parts.residency, parts.updates, parts.fetcher)
@@ -135,6 +135,7 @@ class Engine:
             scheduler,
             self._gradient_came,
             lambda: self._planning.is_tracing,
+            parts.swept,
         )
         self._durability = Durability(parts, self.module, self.config, self.optimizer, self._progress)
         self._recording: Recording | None = None
@@ -255,8 +256,10 @@ class Engine:
                 self._recording = None
 
     def drain(self) -> None:
-        """Waits until every update under way is published; raises what went wrong in one."""
+        """Waits until every gradient of the steps so far is applied and published; raises what went wrong in an
+        update. The next use of each unit sees its newest parameters."""
         self._updates.drain()
+        self._residency.end_step()
 
     # Durable states.
 
@@ -449,6 +452,18 @@ class Engine:
             "update_compute": update["compute_seconds"],
             "update_io_wait": update["wait_seconds"],
         }
+
+    def gradient_counts(self) -> dict[str, int]:
+        """Gradients of spans so far: ``produced`` by steps, ``taken`` by updating threads, ``applied`` with the states
+        written; ``waiting`` are produced and not applied. All 0 in the synchronous mode, where none waits."""
+        update = self._updates.utilisation()
+        counts = {name: int(update[f"gradients_{name}"]) for name in ("produced", "taken", "applied")}
+        return {**counts, "waiting": counts["produced"] - counts["applied"]}
+
+    def staleness(self) -> list[dict[int, int]]:
+        """For each unit: how often a step computed with parameters that lacked how many of its gradients, as
+        {gradients: steps}. Empty in the synchronous mode, where none is ever lacking."""
+        return [dict(counts) for counts in self._swept.staleness] if self._swept is not None else []
 
     def record_timeline(
         self, path: str | Path | None = None, *, steps: int = 3, tokens_per_step: int | None = None

@@ -16,13 +16,16 @@ from angelptm.errors import AngelPTMError
 from angelptm.pages import PageIds
 from angelptm.plan import Plan
 from angelptm.units import ParamLayout, UnitLayout
+from angelptm.units.layout import ALIGN_ELEMENTS
 
 
 @dataclass
 class _UnitGradient:
-    """Since the last ``clear``. ``norms[name]``: a page's index to the sum of squares of the parameter's part in it."""
+    """Since the last ``clear``. ``norms[name]``: a page's index to the sum of squares of the parameter's part in it.
+    ``earlier``: elements (start, end) that hold gradients of former steps, to which this one is added."""
 
     norms: dict[str, dict[int, float]] = field(default_factory=dict)
+    earlier: list[tuple[int, int]] = field(default_factory=list)
     spilled: set[int] = field(default_factory=set)  # SSD pages whose slot holds gradients of this window
 
 
@@ -57,7 +60,9 @@ class Gradients:
         self._device = device
         self._dtype = grad_dtype
         self._page_elements = plan.page_bytes // grad_dtype.itemsize
-        self._pages = [[page for span in unit.spans for page in span.grad] for unit in pages]
+        # Where several steps are added up once their norm is known, a step's own are apart till then.
+        self._pages = [[page for span in unit.spans for page in span.step_grad or span.grad] for unit in pages]
+        self._pages_change_frames = plan.sweeps
         self._homes = [[home for span in unit.spans for home in span.grad_homes] for unit in plan.units]
         self._members = [_members(unit.layout, self._page_elements) for unit in plan.units]
         self._units = [_UnitGradient() for _ in plan.units]
@@ -80,7 +85,7 @@ class Gradients:
         if source.dtype not in NATIVE_DTYPES:
             source = source.float()
         norms = self._units[unit].norms
-        add = param.name in norms
+        seen = param.name in norms
         sums = norms.setdefault(param.name, {})
         itemsize = self._dtype.itemsize
         for page in range(param.offset // self._page_elements, -(-param.end // self._page_elements)):
@@ -88,6 +93,7 @@ class Gradients:
             end = min(param.end, (page + 1) * self._page_elements)
             covered = first == page * self._page_elements and end == first + self._page_elements
             address = self._address(unit, page, fresh_is_covered=covered)
+            add = seen or any(start <= first < stop for start, stop in self._units[unit].earlier)
             stats = native.accumulate(
                 address + (first - page * self._page_elements) * itemsize,
                 NATIVE_DTYPES[self._dtype],
@@ -97,11 +103,19 @@ class Gradients:
                 add,
                 first,
             )
+            if self._pages_change_frames and not add:
+                self._clear_gap(address, end, page)
             sums[page] = stats.sum_squares
             self._finite &= stats.finite
             self._contributed(unit, page, param.name)
         self._device.read_bytes += source.numel() * source.dtype.itemsize
         self.copy_seconds += time.perf_counter() - start
+
+    def _clear_gap(self, address: int, end: int, page: int) -> None:
+        """After a parameter that ends there: runs of neighbouring ones reach over the gap, which must hold zeros."""
+        stop = min(-(-end // ALIGN_ELEMENTS) * ALIGN_ELEMENTS, (page + 1) * self._page_elements)
+        offset = (end - page * self._page_elements) * self._dtype.itemsize
+        native.fill_zero(address + offset, (stop - end) * self._dtype.itemsize)
 
     def _address(self, unit: int, page: int, *, fresh_is_covered: bool) -> int:
         """Where the page's content is, in memory now."""
@@ -152,6 +166,11 @@ class Gradients:
         for key in list(self._open):
             self._spill(key)
         self._mover.drain()
+
+    def add_to(self, unit: int, earlier: list[tuple[int, int]]) -> None:
+        """The unit's pages have gradients of former steps in these elements, (start, end)."""
+        assert not self._units[unit].norms, "before the first gradient of this step"
+        self._units[unit].earlier = earlier
 
     def uses_ssd(self, unit: int) -> bool:
         """Whether gradients of the unit live on the SSD."""

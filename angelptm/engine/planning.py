@@ -14,8 +14,7 @@ from angelptm.engine.hooks import Hooks
 from angelptm.engine.measure import DriveWatch, compute_speed, measure_rates
 from angelptm.engine.optimizer import RULES
 from angelptm.engine.scheduler import Scheduler
-from angelptm.engine.setup import grad_precision
-from angelptm.engine.stepping import updates_in_backward
+from angelptm.engine.setup import grad_precision, updates_in_backward
 from angelptm.engine.tracing import Tracer
 from angelptm.plan import Prediction, Rates, Schedule, Settings, Trace, choose, simulate
 from angelptm.units import Site
@@ -125,7 +124,7 @@ class Planning:
         seconds = max(_CHOOSING_SECONDS, _CHOOSING_PART * trace.step_seconds)
         self._chosen, self.prediction = choose(plan, trace, rates, self._settings, lead=self._lead, seconds=seconds)
         if self._settings.mode == "planned":
-            self._scheduler.follow(trace, self._chosen)
+            self._scheduler.follow(trace, self._chosen, use_offsets=not plan.params_stay)
 
     def _measure(self) -> Rates | None:
         """Makes the machine quiet first. None where an update failed, which is for those who wait for it to learn."""

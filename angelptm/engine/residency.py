@@ -13,6 +13,7 @@ import torch
 from angelptm.device import Device
 from angelptm.engine.leaves import UnitLeaves
 from angelptm.engine.parked import ParkedParameter
+from angelptm.engine.sweeping import Held, SweptUpdates
 from angelptm.engine.updates import Updates
 from angelptm.errors import AngelPTMError, CapacityError
 from angelptm.pages import PageIds, naming
@@ -27,6 +28,10 @@ class _State:
     the unit, which may not lose it. ``in_backward`` marks a unit whose gradients are still coming: it stays unless its
     frames are needed, and comes back on use; a fetch ahead of use may not take its frames before it is ``finished``.
     ``version`` counts changes of its parameters.
+
+    Where nobody waits for updates, ``stale`` says that newer parameters may be published, and that the unit may change
+    to them at its next use. ``held`` are those that it computes with, ``there`` the versions of the pages in the arena.
+    ``seen`` is set when a step has begun to compute with them.
     """
 
     planned_offset: int
@@ -40,6 +45,11 @@ class _State:
     gradients: int = 0
     finished: bool = False
     version: int = 0
+    stale: bool = False
+    held: Held | None = None
+    holds: bool = False
+    there: tuple[int, ...] = ()
+    seen: bool = False
 
 
 @dataclass
@@ -79,6 +89,7 @@ class Residency:
         self._device = device
         self._leaves = leaves
         self._updates = updates
+        self._swept = updates if isinstance(updates, SweptUpdates) else None
         self._units = [
             _State(unit.frame_offset, unit.frame_count, sum(len(p.owners) for p in unit.layout.params if p.trainable))
             for unit in plan.units
@@ -131,14 +142,46 @@ class Residency:
         if state.offset is None:
             self.counts.on_demand += 1
             self._begin(unit, self._make_room(unit), urgent=True)
+        elif state.stale:
+            self._renew(unit, urgent=True)
         if state.arriving is not None:
             self._await(unit, state)
+        if self._swept is not None:
+            self._check_staleness(unit, state)
+
+    def _check_staleness(self, unit: int, state: _State) -> None:
+        """Waits until the unit lacks no more gradients than it may, and notes how many it lacks."""
+        swept = self._swept
+        assert swept is not None, "the caller has looked"
+        assert state.held is not None, "a unit that is there was held"
+        if state.seen:
+            return
+        lag = swept.lag(unit, state.held)
+        if swept.most_behind is not None and lag > swept.most_behind:
+            start = time.perf_counter()
+            swept.wait_until_current_enough(unit)
+            self._stalled("update", unit, start)
+            state.stale = True
+            self._renew(unit, urgent=True)
+            if state.arriving is not None:
+                self._await(unit, state)
+            lag = swept.lag(unit, state.held)
+        state.seen = True
+        if torch.is_grad_enabled():
+            swept.staleness[unit][lag] += 1
+
+    def _renew(self, unit: int, *, urgent: bool) -> None:
+        """Brings the newest parameters to where the unit is, those pages that have changed."""
+        state = self._units[unit]
+        assert state.offset is not None, "the unit is resident"
+        if state.arriving is not None:
+            self._await(unit, state)  # whoever still writes to its frames
+        self._begin(unit, state.offset, urgent=urgent)
 
     def wait_for_update(self, unit: int) -> None:
         """Returns when the unit's last update is over and its pages are free: the computing thread stands still till
         then. Raises what went wrong in it."""
-        ticket = self._updates.ticket(unit)
-        waits, start = ticket is not None and not ticket.done(), time.perf_counter()
+        waits, start = not self._updates.is_done(unit), time.perf_counter()
         self._updates.wait_for(unit)
         if waits:
             self._tell("update", unit, start, time.perf_counter())
@@ -149,6 +192,13 @@ class Residency:
         Says whether it is resident or on its way. Waits for nothing.
         """
         state = self._units[unit]
+        if self._swept is not None and (state.stale or state.offset is None):
+            if not self._swept.is_current_enough(unit):
+                return False
+            if state.offset is not None:
+                if state.pins > 0 or (state.arriving is not None and not state.arriving.done()):
+                    return False
+                self._renew(unit, urgent=False)
         if state.offset is not None:
             return True
         for other in self._occupants(state.planned_offset, state.frames):
@@ -169,11 +219,51 @@ class Residency:
             for index, page in enumerate(self._pages[unit].params)
         ]
         what = f"unit {self._plan.units[unit].layout.name}, which is fetched to the device"
-        state.arriving = self._fetcher.fetch(what, items, after=self._updates.ticket(unit), urgent=urgent)
+        if self._swept is not None:
+            state.arriving = self._fetch_held(self._swept, unit, what, items, urgent=urgent)
+        else:
+            state.arriving = self._fetcher.fetch(what, items, after=self._updates.ticket(unit), urgent=urgent)
         state.offset = offset
         state.ahead = not urgent
         self.counts.fetches += 1
         self.peak_frames = max(self.peak_frames, self.used_frames)
+
+    def _fetch_held(
+        self, swept: SweptUpdates, unit: int, what: str, items: Sequence[tuple[int, int]], *, urgent: bool
+    ) -> native.Ticket | None:
+        """The unit's newest parameters; or where it left the arena between forward and backward, those of before."""
+        state = self._units[unit]
+        if state.held is None or not state.holds or state.stale:
+            self._let_go(state)
+            state.held = swept.hold(unit, [page for page, _ in items])
+            state.holds, state.stale, state.seen = True, False, False
+        held = state.held
+        there = state.there if state.offset is not None else ()
+        changed = [index for index, version in enumerate(held.versions) if there[index : index + 1] != (version,)]
+        state.there = held.versions
+        # What stays in the arena until it is renewed need not stay on the host too.
+        passed_on = self._plan.params_stay
+        if passed_on:
+            same = set(range(len(items))) - set(changed)
+            swept.release([held.frames[index] for index in same])
+            state.holds = False
+        if not changed:
+            return None
+        copies = [(*items[index], held.frames[index]) for index in changed]
+        return self._fetcher.fetch_held(what, copies, release=passed_on, urgent=urgent)
+
+    def _let_go(self, state: _State) -> None:
+        """Of the parameters that the unit computed with."""
+        if state.holds and state.held is not None:
+            assert self._swept is not None, "nothing is held otherwise"
+            self._swept.release(state.held.frames)
+        state.holds = False
+
+    def end_step(self) -> None:
+        """Between two steps: from here on a unit may change to newer parameters at its next use."""
+        if self._swept is not None:
+            for state in self._units:
+                state.stale = True
 
     def _await(self, unit: int, state: _State) -> None:
         assert state.arriving is not None, "the caller has looked"
@@ -208,6 +298,7 @@ class Residency:
             if state.arriving is not None:
                 with suppress(Exception):
                     state.arriving.wait(self._deadline_seconds)
+            self._let_go(state)
 
     def place_at(self, offsets: Sequence[int]) -> None:
         """Gives units new planned frames, between steps: what is resident elsewhere leaves."""
@@ -271,7 +362,12 @@ class Residency:
         """The unit's parameters are about to change: what the arena holds is no longer current."""
         assert self._units[unit].pins == 0, "no module computes with a unit that is updated"
         self._units[unit].version += 1
-        if not self._on_device[unit]:
+        if self._swept is not None:
+            self._units[unit].stale = True
+            self._units[unit].in_backward = False
+            if self._leaves[unit].placed:
+                self._leaves[unit].park()
+        elif not self._on_device[unit]:
             self._evict(unit)
 
     def _evict(self, unit: int) -> None:

@@ -34,6 +34,7 @@ class Scheduler:
         self._updates = updates
         self._fetcher = fetcher
         self._pages = pages
+        self._first_units = [min(site.units, default=None) for site in sites]
         self._ranks = {unit: rank for rank, unit in enumerate(_in_order(sites))}
         self._expected: tuple[int, ...] = ()
         self._keys: list[tuple[int, str]] = []
@@ -82,6 +83,8 @@ class Scheduler:
 
     def enter(self, site: int, phase: str) -> None:
         """The computing thread comes to a use, and has not yet fetched what it needs."""
+        if phase == "forward" and (first := self._first_units[site]) is not None:
+            self._updates.come_to(first)
         if not self._keys:
             return
         key = (site, phase)

@@ -15,7 +15,7 @@ from torch import nn
 from angelptm.checkpoint.slot_files import slot_file_bytes
 from angelptm.config import Config
 from angelptm.errors import AngelPTMError
-from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, make_plan
+from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, SweepBudget, make_plan
 from angelptm.units import Structure, UnitLayout, find_structure, pack
 
 _MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1}
@@ -23,8 +23,25 @@ ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
 def grad_precision(config: Config) -> str:
-    """Gradients are kept in compute precision, and in fp32 where several micro-batches are added up."""
-    return "fp32" if config.gradient_accumulation_steps > 1 else config.precision
+    """Gradients are kept in compute precision, and in fp32 where several micro-batches or steps are added up."""
+    added_up = config.gradient_accumulation_steps > 1 or config.update.is_swept
+    return "fp32" if added_up else config.precision
+
+
+def updates_in_backward(config: Config) -> bool:
+    """Whether units are updated as their gradients complete, where nothing about the unit itself forbids it."""
+    wanted = config.execution.updates
+    in_backward = wanted == "backward" or (wanted == "auto" and config.gradient_clipping is None)
+    return in_backward and config.execution.moves != "serial"
+
+
+def _sweep_budget(config: Config) -> SweepBudget | None:
+    """A step's gradient may be added to those of former steps as it comes, where nothing needs it alone first: not its
+    norm, and not the other micro-batches."""
+    if not config.update.is_swept:
+        return None
+    as_it_comes = updates_in_backward(config) and config.gradient_accumulation_steps == 1
+    return SweepBudget(grad_sets=1 if as_it_comes else 2)
 
 
 def parameter(model: nn.Module, owner: tuple[str, str]) -> torch.Tensor:
@@ -86,6 +103,7 @@ def budgets_of(config: Config, buffer_bytes: int = 0) -> Budgets:
         queue_depth=config.io.queue_depth,
         states_on_device=True,  # where the CPU updates them in place, as it can on the CPU device
         cores=len(os.sched_getaffinity(0)),
+        sweep=_sweep_budget(config),
         commits=None
         if commits is None
         else CommitBudget(config.checkpoint.keep, SsdBudget(str(commits), None, free[-1]), buffer_bytes),

@@ -16,19 +16,14 @@ from angelptm.engine.leaves import UnitLeaves
 from angelptm.engine.optimizer import PagedOptimizer
 from angelptm.engine.residency import Residency
 from angelptm.engine.scheduler import Scheduler
+from angelptm.engine.setup import updates_in_backward
+from angelptm.engine.sweeping import SweptUpdates
 from angelptm.engine.updates import Updates
 from angelptm.errors import AngelPTMError, NonFiniteError
 from angelptm.plan import Plan
 from angelptm.units import ParamLayout
 
 _REMEDY = "Set execution.updates: forward, which updates nothing before step()."
-
-
-def updates_in_backward(config: Config) -> bool:
-    """Whether units are updated as their gradients complete, where nothing about the unit itself forbids it."""
-    wanted = config.execution.updates
-    in_backward = wanted == "backward" or (wanted == "auto" and config.gradient_clipping is None)
-    return in_backward and config.execution.moves != "serial"
 
 
 class Stepping:
@@ -56,13 +51,15 @@ class Stepping:
         scheduler: Scheduler,
         on_gradient: Callable[[int, int, float], None],
         is_tracing: Callable[[], bool],
+        swept: SweptUpdates | None,
     ) -> None:
         """``on_gradient``: gets unit, bytes and the seconds that copying took. While ``is_tracing`` no update begins
-        before ``take_step``."""
+        before ``take_step``. ``swept``: the updates, where nobody waits for them."""
         self._config = config
         self._leaves = leaves
         self._gradients = gradients
         self._updates = updates
+        self._swept = swept
         self._residency = residency
         self._commits = commits
         self._optimizer = optimizer
@@ -119,8 +116,7 @@ class Stepping:
                 f"a gradient of {param.name} came after the update of its unit had begun. {_REMEDY} Parameters and "
                 "states are not those of one step now: load a commit."
             )
-        # A leaf whose backward needs no weight comes here without a fetch, which would have waited.
-        self._residency.wait_for_update(unit)
+        self._prepare(unit)
         start = time.perf_counter()
         self._gradients.accumulate(unit, param, gradient)
         self._on_gradient(unit, gradient.numel() * gradient.itemsize, time.perf_counter() - start)
@@ -134,6 +130,25 @@ class Stepping:
             if not self._submitted:
                 self._options = self._current_options()
             self._submit(unit, 1.0)
+
+    def _prepare(self, unit: int) -> None:
+        """The unit's gradient pages are about to be written to."""
+        swept = self._swept
+        if swept is None:
+            # A leaf whose backward needs no weight comes here without a fetch, which would have waited.
+            self._residency.wait_for_update(unit)
+        elif swept.adds_as_it_comes and not swept.is_open(unit):
+            self._before_change(unit)
+            self._gradients.add_to(unit, swept.open(unit, wait_until_empty=not self._early))
+
+    def _before_change(self, unit: int) -> None:
+        """The unit's states may be written to from here on, or in a sweep what waits for its update may be: the commit
+        in the making has the unit as it was."""
+        if self._commits is None:
+            return
+        if self._swept is not None and self._commits.lacks(unit):
+            self._residency.wait_for_update(unit)
+        self._commits.before_change(unit)
 
     def _is_complete(self, unit: int) -> bool:
         known = self._may_be_early[unit] and unit in self._known
@@ -164,7 +179,7 @@ class Stepping:
         self._gradients.flush()
         if not self._gradients.finite:
             late = bool(self._submitted)
-            self.drop()
+            late |= self.drop()
             state = (
                 f"Other units had been updated before it came, so load the last commit. {_REMEDY}"
                 if late
@@ -187,6 +202,7 @@ class Stepping:
         self._submitted.clear()
         self._early = False
         self._gradients.passed()
+        self._residency.end_step()
         self._progress.global_step += 1
         self._scheduler.expect(self._completed if self.in_backward else self._forward_order())
         if self._config.execution.moves == "planned":
@@ -231,10 +247,11 @@ class Stepping:
         self._submitted.add(unit)
         runs, keys = self._runs(self._leaves[unit].layout.params, present, group_of)
         hypers = [self._optimizer.hyper(self._optimizer.param_groups[group], step, grad_scale) for group, step in keys]
-        self._residency.wait_for_update(unit)
+        if self._swept is None:
+            self._residency.wait_for_update(unit)
+        if self._swept is None or not self._swept.adds_as_it_comes:
+            self._before_change(unit)
         self._residency.expire(unit)
-        if self._commits is not None:
-            self._commits.before_change(unit)
         self._updates.submit(unit, runs, hypers, self._scheduler.rank(unit))
         self._gradients.forget(unit)
 
@@ -268,10 +285,15 @@ class Stepping:
             self._progress.half_done = f"step {self._progress.global_step + 1}"
             self._submitted.clear()
 
-    def drop(self) -> None:
-        """Drops all gradients. A step that has begun ends half way then."""
+    def drop(self) -> bool:
+        """Drops all gradients. A step that has begun ends half way then, as does one whose gradients were added to
+        those of former steps, which says so."""
         self._give_up()
+        spoiled = self._swept is not None and self._swept.put_back()
+        if spoiled:
+            self._progress.half_done = f"step {self._progress.global_step + 1}"
         self._early, self._refused = False, None
         self._came.clear()
         self._gradients.clear()
         self._scheduler.restart()
+        return spoiled

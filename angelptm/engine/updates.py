@@ -37,6 +37,7 @@ class Updates:
         name_page: Callable[[int], str],
         fetcher: native.Fetcher,
         memory: object,
+        sweep: native.SweepOptions | None = None,
     ) -> None:
         """``device_params``: address of each (unit, span) whose parameters live on the device. ``name_page`` says what
         a page holds, for messages. ``fetcher`` gets new parameters as they are published. ``memory``
@@ -60,6 +61,7 @@ class Updates:
                         grad=span.grad,
                         param=span.param,
                         device_param=device_params.get((unit_index, span_index)),
+                        step_grad=span.step_grad,
                     )
                 )
         self._updater: native.Updater | None = native.Updater(
@@ -73,6 +75,7 @@ class Updates:
             write_depth=plan.write_depth,
             fetcher=fetcher,
             memory=memory,
+            sweep=sweep,
         )
 
     def submit(
@@ -82,15 +85,14 @@ class Updates:
         Of what is queued, units of the lowest ``rank`` go first."""
         assert self._updater is not None, "not closed"
         assert unit not in self._tickets, "the gradients of a unit come after the wait for its former update"
-        plan = self._plan.units[unit]
-        work = [
-            (self._first_span[unit] + span, segments)
-            for span, segments in enumerate(_by_span(plan, updated, self._plan.page_elements))
-            if segments
-        ]
-        if work:
-            what = f"the update of unit {plan.layout.name}"
+        if work := self._work(unit, updated):
+            what = f"the update of unit {self._plan.units[unit].layout.name}"
             self._tickets[unit] = _Tickets(*self._updater.submit(what, work, list(hypers), rank))
+
+    def _work(self, unit: int, updated: Sequence[tuple[int, int, int]]) -> list[tuple[int, list[Segment]]]:
+        """Runs of a unit's elements by the native updater's spans."""
+        by_span = _by_span(self._plan.units[unit], updated, self._plan.page_elements)
+        return [(self._first_span[unit] + span, segments) for span, segments in enumerate(by_span) if segments]
 
     def expect(self, units: Sequence[int]) -> None:
         """The units whose gradients come next, in order: their states are read while the SSD has nothing else to do."""
@@ -132,6 +134,14 @@ class Updates:
         """Of the unit's update under way; None without one."""
         tickets = self._tickets.get(unit)
         return tickets.done if tickets is not None else None
+
+    def is_done(self, unit: int) -> bool:
+        """Whether no update of the unit is under way."""
+        ticket = self.ticket(unit)
+        return ticket is None or ticket.done()
+
+    def come_to(self, unit: int) -> None:
+        """The forward pass is about to use the unit, which comes before those of higher numbers."""
 
     def is_published(self, unit: int) -> bool:
         tickets = self._tickets.get(unit)

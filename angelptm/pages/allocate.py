@@ -20,7 +20,8 @@ _HOMES = {"host": native.Home.HOST, "ssd": native.Home.SSD}
 
 @dataclass(frozen=True)
 class SpanPages:
-    """Page ids of one span. ``param`` is None where the parameters live on the device."""
+    """Page ids of one span. ``param`` is None where the parameters live on the device. ``step_grad`` are a step's own
+    gradients, where those in ``grad`` may be of several steps."""
 
     elements: int
     master: tuple[int, ...]
@@ -28,6 +29,7 @@ class SpanPages:
     exp_avg_sq: tuple[int, ...]
     grad: tuple[int, ...]
     param: int | None
+    step_grad: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,19 @@ def _add_states(store: native.Store, plan: Plan, span: SpanPlan, arena: int, kin
 def _add_span(store: native.Store, plan: Plan, span: SpanPlan, arena: int) -> SpanPages:
     master, exp_avg, exp_avg_sq = (_add_states(store, plan, span, arena, kind) for kind in range(3))
     grad_total = span.elements * plan.grad_itemsize
-    grads = tuple(
-        store.add_page(_HOMES[home], min(plan.page_bytes, grad_total - index * plan.page_bytes))
-        for index, home in enumerate(span.grad_homes)
+    grads, step_grads = (
+        tuple(
+            store.add_page(_HOMES[home], min(plan.page_bytes, grad_total - index * plan.page_bytes))
+            for index, home in enumerate(span.grad_homes if number < plan.grad_sets else ())
+        )
+        for number in range(2)
     )
     param = (
         None
         if span.param_home == "device"
         else store.add_page(_HOMES[span.param_home], span.elements * plan.param_itemsize)
     )
-    return SpanPages(span.elements, master, exp_avg, exp_avg_sq, grads, param)
+    return SpanPages(span.elements, master, exp_avg, exp_avg_sq, grads, param, step_grads)
 
 
 def allocate_pages(store: native.Store, plan: Plan, arena: int = 0) -> PageIds:

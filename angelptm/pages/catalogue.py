@@ -59,6 +59,7 @@ def _pages_of(plan: Plan, pages: PageIds, unit: int) -> Iterator[CataloguedPage]
             ("EXP_AVG", span.exp_avg, _STATE_ITEMSIZE),
             ("EXP_AVG_SQ", span.exp_avg_sq, _STATE_ITEMSIZE),
             ("GRAD", span.grad, plan.grad_itemsize),
+            ("GRAD", span.step_grad, plan.grad_itemsize),
         ):
             yield from _run(unit, kind, ids, first, span.elements, plan.page_bytes // itemsize)
         yield CataloguedPage(unit, "PARAM", first, span.elements, span.param, frame=unit_plan.frame_offset + index)

@@ -8,7 +8,7 @@ in the arena; ``moves`` makes the ``schedule`` of a step; ``simulate`` says what
 """
 
 from angelptm.plan.arena import ArenaPlacement, Window, place_units, windows_of
-from angelptm.plan.budget import Budgets, CommitBudget, Plan, SpanPlan, SsdBudget, UnitPlan, make_plan
+from angelptm.plan.budget import Budgets, CommitBudget, Plan, SpanPlan, SsdBudget, SweepBudget, UnitPlan, make_plan
 from angelptm.plan.channels import Event
 from angelptm.plan.choose import choose, plan_from_trace
 from angelptm.plan.describe import plan_rows, plan_summary
@@ -37,6 +37,7 @@ __all__ = [
     "Settings",
     "SpanPlan",
     "SsdBudget",
+    "SweepBudget",
     "Trace",
     "Traffic",
     "UnitPlan",

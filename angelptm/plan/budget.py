@@ -43,6 +43,14 @@ class CommitBudget:
 
 
 @dataclass(frozen=True)
+class SweepBudget:
+    """For updates that nobody waits for. ``grad_sets``: 2 where a step's gradient must not be added to what waits
+    before all of it is known (clipping), 1 where it may."""
+
+    grad_sets: int
+
+
+@dataclass(frozen=True)
 class Budgets:
     """What the user allows, and how pages shall be placed; the ``placement`` fields mean what the config's mean."""
 
@@ -60,6 +68,8 @@ class Budgets:
     commits: CommitBudget | None = None
     states_on_device: bool = False
     """Whether states may take device memory that parameters, all of them living there, leave over."""
+    sweep: SweepBudget | None = None
+    """Parameters and gradients live on the host then, whatever ``param`` and ``grad`` say."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,9 @@ class Plan:
     commit_slots: int  # of them: what commits hold beyond what is current
     ssd_slots_by_path: tuple[tuple[str, int, float], ...]
     kind_bytes: dict[str, dict[str, int]]  # kind → tier → bytes of whole pages
+    grad_sets: int = 1  # of GRAD pages: what waits for its update, and beside it, with 2, a step's own
+    spare_frames: int = 0  # for former parameters that are still read while new ones are published
+    params_stay: bool = False  # of updates that nobody waits for: each unit has arena frames of its own
 
     @property
     def fetch_frames(self) -> int:
@@ -135,6 +148,11 @@ class Plan:
             for span in unit.spans
         ]
         return self.update_threads * self.write_depth * max(written, default=0)
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether updating threads exchange the frames of parameters and gradients."""
+        return self.spare_frames > 0
 
     @property
     def page_elements(self) -> int:
@@ -254,6 +272,7 @@ class _Split:
     depth: int
     slot_frames: int
     staging: int
+    spare: int = 0
 
     @property
     def ring_frames(self) -> int:
@@ -265,7 +284,7 @@ class _Split:
 
     @property
     def needed_frames(self) -> int:
-        return self.home_frames + self.ring_frames + self.staging
+        return self.home_frames + self.ring_frames + self.staging + self.spare
 
 
 @dataclass(frozen=True)
@@ -291,6 +310,8 @@ class _Wishes:
 
 def _wishes(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Wishes:
     total = (0 if param_on_device else demand.param_pages, demand.grad_pages, demand.state_pages)
+    if budgets.sweep is not None:
+        budgets = replace(budgets, param="host", grad="host")
     fixed: list[int | None] = [
         {"host": pages, "ssd": 0, "device": 0}.get(str(placement))
         for placement, pages in zip((budgets.param, budgets.grad, budgets.states), total)
@@ -300,7 +321,7 @@ def _wishes(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Wishes
     return _Wishes((fixed[0], fixed[1], fixed[2]), total)
 
 
-def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Split:
+def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool, spare: int) -> _Split:
     """Homes and ring. What fits stays in memory, if need be with a narrow ring; else homes and moving pages share.
 
     More host frames never mean fewer homes: pages on the move get half of what is not fixed, at least what one span in
@@ -316,15 +337,16 @@ def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Sp
         """With the widest ring that ``ring_room`` frames hold, less what is kept for staging."""
         on_ssd = [pages < total for pages, total in zip(homes, wishes.total)]
         # A span that straddles the border of its kind counts as one on the SSD.
-        slot = (0 if param_on_device else 1) + (demand.span_grad_pages if on_ssd[1] else 0)
+        taken = on_ssd[1] or budgets.sweep is not None
+        slot = (0 if param_on_device else 1) + (demand.span_grad_pages if taken else 0)
         slot += demand.span_state_pages if on_ssd[2] else 0
         staging = (_MIN_STAGING if any(on_ssd) or wishes.total[0] else 0) + _saver_frames(budgets)
         n, d = threads, depth
-        while d > least_depth and n * d * slot + staging > ring_room:
+        while d > least_depth and n * d * slot + staging + spare > ring_room:
             d -= 1
-        while n > least_threads and n * d * slot + staging > ring_room:
+        while n > least_threads and n * d * slot + staging + spare > ring_room:
             n -= 1
-        return _Split(*homes, n, d, slot, staging)
+        return _Split(*homes, n, d, slot, staging, spare)
 
     in_memory = wishes.with_room(sum(wishes.total))
     everything = split(in_memory, frames - sum(in_memory))
@@ -333,7 +355,7 @@ def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool) -> _Sp
     least = split(wishes.with_room(0), 0)
     if budgets.ssd and least.needed_frames <= frames:
         slot = (0 if param_on_device else 1) + demand.span_state_pages + demand.span_grad_pages
-        full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth) + _saver_frames(budgets)
+        full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth) + _saver_frames(budgets) + spare
         shared = frames - wishes.fixed_sum
         moving = max(least.needed_frames - wishes.fixed_sum, min(full, shared // 2))
         return _deepened(budgets, demand, split(wishes.with_room(shared - moving), moving), frames)
@@ -371,9 +393,18 @@ def _host_error(budgets: Budgets, split: _Split, frames: int) -> CapacityError:
         split.needed_frames * page,
         frames * page,
         f"pages that live there ({format_bytes(split.home_frames * page)}) and frames for pages on the move "
-        f"({format_bytes((split.ring_frames + split.staging) * page)})",
+        f"({format_bytes((split.ring_frames + split.staging + split.spare) * page)})",
         remedy + ".",
     )
+
+
+def _spare_frames(budgets: Budgets, demand: _Demand, stay: bool) -> int:
+    """For former parameters: a step computes with one version of a unit from its forward to its backward. Where the
+    unit stays in the arena meanwhile, the former content is read only until it has been copied there."""
+    if budgets.sweep is None:
+        return 0
+    threads = budgets.update_threads or max(1, min(2, budgets.cores))
+    return min(demand.param_pages, threads + 1) if stay else demand.param_pages
 
 
 def _saver_frames(budgets: Budgets) -> int:
@@ -435,7 +466,12 @@ def make_plan(
     page_bytes = budgets.page_bytes
     demand = _demand(layouts, page_bytes, param_itemsize, grad_itemsize, moment_count)
     device_frames = budgets.device_bytes // page_bytes
-    param_on_device = budgets.param == "device" or (budgets.param == "auto" and demand.param_pages <= device_frames)
+    fits_device = demand.param_pages <= device_frames
+    param_on_device = budgets.param == "device" or (budgets.param == "auto" and fits_device)
+    stay = budgets.sweep is not None and fits_device
+    if budgets.sweep is not None:
+        param_on_device = False
+        demand = replace(demand, grad_pages=demand.grad_pages * budgets.sweep.grad_sets)
     if param_on_device and demand.param_pages > device_frames:
         raise CapacityError(
             "device",
@@ -449,7 +485,7 @@ def make_plan(
     if budgets.states_on_device and param_on_device and budgets.states == "auto":
         room = device_frames - arena.peak_frames
         spans_on_device, demand = _states_on_device(layouts, budgets, demand, room, param_itemsize, moment_count)
-    split = _split_host(budgets, demand, param_on_device)
+    split = _split_host(budgets, demand, param_on_device, _spare_frames(budgets, demand, stay))
     params, grads, states = _Placer(split.param), _Placer(split.grad), _Placer(split.states)
     next_frame = arena.peak_frames
 
@@ -476,7 +512,8 @@ def make_plan(
         frozen_homes = tuple("device" if param_on_device else params.home() for _ in range(frozen))
         units.append(UnitPlan(layout, arena.offsets[index], sizes[index], tuple(spans), frozen_homes))
 
-    kind_bytes = _kind_bytes(units, page_bytes, moment_count)
+    grad_sets = budgets.sweep.grad_sets if budgets.sweep is not None else 1
+    kind_bytes = _kind_bytes(units, page_bytes, moment_count, grad_sets)
     live = sum(tiers["ssd"] for tiers in kind_bytes.values()) // page_bytes
     commit_slots = _commit_slots(budgets, units, kind_bytes)
     slots = (live + _slots_in_flight(budgets, demand) if live else 0) + commit_slots
@@ -496,14 +533,17 @@ def make_plan(
         write_depth=min(split.depth, budgets.ring_depth or _AUTO_RING_DEPTH),
         ring_frames=split.ring_frames,
         home_frames=home_frames,
-        staging_frames=host_frames - split.ring_frames - home_frames - _saver_frames(budgets),
+        staging_frames=host_frames - split.ring_frames - home_frames - _saver_frames(budgets) - split.spare,
         saver_frames=_saver_frames(budgets),
         ssd_slots=slots,
         commit_slots=commit_slots,
         ssd_slots_by_path=_spread_slots(budgets, slots, commit_slots),
         kind_bytes=kind_bytes,
+        grad_sets=grad_sets,
+        spare_frames=split.spare,
+        params_stay=stay,
     )
-    needed = plan.ring_frames + plan.home_frames + plan.saver_frames + budgets.queue_depth
+    needed = plan.ring_frames + plan.home_frames + plan.saver_frames + plan.spare_frames + budgets.queue_depth
     if live == 0 and host_frames > needed:
         # Nothing moves to the SSD: the pool needs no more than its pages, so it takes no more.
         plan = replace(plan, host_frames=needed, staging_frames=budgets.queue_depth)
@@ -537,14 +577,16 @@ def _slots_in_flight(budgets: Budgets, demand: _Demand) -> int:
     return threads * depth * (1 + demand.span_state_pages + demand.span_grad_pages) + budgets.queue_depth + 1
 
 
-def _kind_bytes(units: Sequence[UnitPlan], page_bytes: int, moment_count: int) -> dict[str, dict[str, int]]:
+def _kind_bytes(
+    units: Sequence[UnitPlan], page_bytes: int, moment_count: int, grad_sets: int
+) -> dict[str, dict[str, int]]:
     kinds = ["PARAM", "GRAD", "MASTER", "EXP_AVG", "EXP_AVG_SQ"][: 3 + moment_count]
     pages = {kind: {"device": 0, "host": 0, "ssd": 0} for kind in kinds}
     for unit in units:
         for span in unit.spans:
             pages["PARAM"][span.param_home] += page_bytes
             for home in span.grad_homes:
-                pages["GRAD"][home] += page_bytes
+                pages["GRAD"][home] += page_bytes * grad_sets
             for kind in kinds[2:]:
                 state_pages = _pages(span.elements, _STATE_ITEMSIZE, page_bytes)
                 pages[kind][span.states_home] += state_pages * page_bytes

@@ -86,6 +86,22 @@ void bind_store(py::module_& module) {
              if (info.home != Home::kHost) throw std::invalid_argument("page does not live in the host tier");
              return integer(store.table().address(info));
            })
+      // [(frame, version), ...]: the pages' newest content, which stays there until release_held.
+      .def("hold",
+           [](Store& store, const std::vector<PageId>& ids) {
+             std::vector<std::pair<pages::Frame, std::uint32_t>> held;
+             for (const PageId page : ids) {
+               if (store.table().info(page).home != Home::kHost)
+                 throw std::invalid_argument("a page that is held lives in the host tier");
+               const pages::HeldFrame now = store.table().hold(page);
+               held.emplace_back(now.frame, now.version);
+             }
+             return held;
+           })
+      .def("release_held",
+           [](Store& store, const std::vector<pages::Frame>& frames) {
+             for (const pages::Frame frame : frames) store.host().release_reader(frame);
+           })
       .def("publish_in_place", [](Store& store, PageId page) { store.table().publish_in_place(page); })
       .def(
           "discard", [](Store& store, PageId page) { store.mover().discard(page); },
@@ -219,6 +235,18 @@ void bind_fetcher(py::module_& module) {
           },
           py::arg("what"), py::arg("items"), py::kw_only(), py::arg("after") = nullptr, py::arg("urgent") = false,
           Release())
+      // The same from frames that the caller holds: [(page, address, frame), ...]. With `release` the holds go with it.
+      .def(
+          "fetch_held",
+          [](Fetcher& fetcher, std::string what,
+             const std::vector<std::tuple<PageId, std::uint64_t, pages::Frame>>& items, bool release, bool urgent) {
+            std::vector<pages::FetchItem> found;
+            found.reserve(items.size());
+            for (const auto& [page, to, frame] : items)
+              found.push_back({page, reinterpret_cast<std::byte*>(to), frame, release});
+            return fetcher.fetch(std::move(what), std::move(found), nullptr, urgent);
+          },
+          py::arg("what"), py::arg("items"), py::kw_only(), py::arg("release"), py::arg("urgent") = false, Release())
       .def("read_ahead", &Fetcher::read_ahead, py::arg("pages"), Release())
       .def("let_go", &Fetcher::let_go, Release())
       .def_property_readonly("totals", [](const Fetcher& fetcher) {

@@ -27,6 +27,11 @@ GradStats LeafSums::stats() const {
   return {std::isnan(sum) ? std::numeric_limits<double>::quiet_NaN() : sum, std::isfinite(sum)};
 }
 
+// Plain code: memory is what bounds it, in whatever vectors the compiler finds.
+void add_scaled(float* dst, float dst_scale, const float* src, float src_scale, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) dst[i] = dst[i] * dst_scale + src[i] * src_scale;
+}
+
 double tree_sum(const double* values, std::size_t count, std::uint64_t first_index) {
   TreeSum tree(first_index);
   for (std::size_t i = 0; i < count; ++i) tree.add(values[i]);

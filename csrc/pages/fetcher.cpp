@@ -72,7 +72,10 @@ std::shared_ptr<Ticket> Fetcher::fetch(std::string what, std::vector<FetchItem> 
   {
     Lock lock(mutex_);
     if (broken_) {
-      for (std::size_t i = 0; i < items.size(); ++i) ticket->finish_part(broken_);
+      for (const FetchItem& item : items) {
+        let_go_of(item);
+        ticket->finish_part(broken_);
+      }
       return ticket;
     }
     requests_.insert(urgent ? requests_.begin() : requests_.end(), Request{ticket, std::move(after), std::move(items)});
@@ -214,8 +217,15 @@ bool Fetcher::drop_failed(Lock& lock) {
   return false;
 }
 
+void Fetcher::let_go_of(const FetchItem& item) {
+  if (item.release_held) table_.host().release_reader(item.held);
+}
+
 void Fetcher::fail(Requests::iterator request, const std::exception_ptr& error, Lock&) {
-  for (std::size_t i = 0; i < request->items.size(); ++i) request->ticket->finish_part(error);
+  for (const FetchItem& item : request->items) {
+    let_go_of(item);
+    request->ticket->finish_part(error);
+  }
   requests_.erase(request);
 }
 
@@ -271,6 +281,7 @@ bool Fetcher::start_reads(Lock& lock) {
   if (broken_) return false;
   for (auto request = requests_.begin(); request != requests_.end(); ++request) {
     for (const FetchItem& item : request->items) {
+      if (item.held != kNoFrame) continue;
       const PageInfo info = table_.info(item.page);
       if (const auto held = held_.find(item.page); held != held_.end()) {
         if (held->second.reading || held->second.in_use || is_current(held->second.info, info)) continue;
@@ -307,7 +318,8 @@ bool Fetcher::copy_one(Lock& lock) {
       const PageInfo info = table_.info(page);
       const auto held = held_.find(page);
       const auto loan = loans_.find(page);
-      const bool at_hand = (loan != loans_.end() && loan->second.version >= info.expected) ||
+      const bool at_hand = request->items[i].held != kNoFrame ||
+                           (loan != loans_.end() && loan->second.version >= info.expected) ||
                            (info.version >= info.expected && (info.home == Home::kHost || !info.written)) ||
                            (held != held_.end() && !held->second.reading && is_current(held->second.info, info));
       // An update that failed since drop_failed looked has set its error first, and then made the former version do.
@@ -324,9 +336,10 @@ void Fetcher::copy(Requests::iterator request, std::size_t index, Lock& lock) {
   const PageInfo info = table_.info(item.page);
   const auto loan = loans_.find(item.page);
   const auto held = held_.find(item.page);
-  const bool lent = loan != loans_.end() && loan->second.version >= info.expected;
-  const bool from_frame = !lent && info.home == Home::kSsd && info.written;
-  const std::byte* from = lent                                       ? loan->second.address
+  const bool lent = item.held == kNoFrame && loan != loans_.end() && loan->second.version >= info.expected;
+  const bool from_frame = !lent && item.held == kNoFrame && info.home == Home::kSsd && info.written;
+  const std::byte* from = item.held != kNoFrame                      ? table_.host().address(item.held)
+                          : lent                                     ? loan->second.address
                           : from_frame                               ? table_.host().address(held->second.frame)
                           : info.home == Home::kHost && info.written ? table_.address(info)
                                                                      : nullptr;
@@ -362,6 +375,7 @@ void Fetcher::copy(Requests::iterator request, std::size_t index, Lock& lock) {
     fail(request, error, lock);
     return;
   }
+  let_go_of(item);
   totals_.copied_bytes += info.used_bytes;
   if (handed_over) totals_.handed_over_bytes += info.used_bytes;
   request->items.erase(request->items.begin() + static_cast<std::ptrdiff_t>(index));

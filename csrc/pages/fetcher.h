@@ -27,6 +27,9 @@ namespace angelptm::pages {
 struct FetchItem {
   PageId page;
   std::byte* to;
+  Frame held = kNoFrame;  // what to copy, of which the caller has a reference (PageTable::hold); else the newest
+  bool release_held =
+      false;  // the reference goes over to the fetcher, which releases it when the copy is made or fails
 };
 
 struct FetchTotals {
@@ -101,6 +104,7 @@ class Fetcher {
   std::optional<Frame> keep(PageId page, Frame frame, std::uint32_t rank, Lock& lock);
   bool wanted(PageId page, Lock& lock) const;
   void drop(PageId page, Lock& lock);
+  void let_go_of(const FetchItem& item);
   void fail(Requests::iterator request, const std::exception_ptr& error, Lock& lock);
   static bool is_current(const PageInfo& held, const PageInfo& now);
 

@@ -10,7 +10,10 @@
 namespace angelptm::pages {
 
 HostPool::HostPool(std::uint64_t page_bytes, std::uint32_t frame_count)
-    : page_bytes_(page_bytes), frame_count_(frame_count), taken_(frame_count, false) {
+    : page_bytes_(page_bytes),
+      frame_count_(frame_count),
+      taken_(frame_count, false),
+      readers_(std::make_unique<std::atomic<std::uint32_t>[]>(frame_count)) {
   if (frame_count == 0) return;
   if (page_bytes > SIZE_MAX / frame_count) throw std::bad_alloc();
   void* mapping = mmap(nullptr, page_bytes * frame_count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

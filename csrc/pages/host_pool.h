@@ -1,8 +1,10 @@
 // The host tier: page-sized frames cut from one anonymous mapping of exactly the budgeted size.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -24,6 +26,12 @@ class HostPool {
   std::optional<Frame> allocate();  // empty when all frames are taken; the content is undefined
   void release(Frame frame);
 
+  // A frame whose content others may be reading is not written to: whoever wants to looks at `readers` first.
+  // Lock-free.
+  void retain_reader(Frame frame) { readers_[frame].fetch_add(1); }
+  void release_reader(Frame frame) { readers_[frame].fetch_sub(1); }
+  std::uint32_t readers(Frame frame) const { return readers_[frame].load(); }
+
   std::byte* address(Frame frame) const { return base_ + std::uint64_t{frame} * page_bytes_; }
   std::byte* base() const { return base_; }
   std::uint64_t page_bytes() const { return page_bytes_; }
@@ -39,6 +47,7 @@ class HostPool {
   std::vector<Frame> free_;  // last in, first out: a warm frame is used again first
   std::vector<bool> taken_;  // catches a double release
   std::uint32_t peak_count_ = 0;
+  std::unique_ptr<std::atomic<std::uint32_t>[]> readers_;
 };
 
 }  // namespace angelptm::pages

@@ -28,6 +28,8 @@ PageId PageTable::add(Home home, std::uint32_t used_bytes) {
   }
   std::lock_guard lock(mutex_);
   pages_.push_back(page);
+  words_.emplace_back(0);
+  show(static_cast<PageId>(pages_.size() - 1));
   return static_cast<PageId>(pages_.size() - 1);
 }
 
@@ -38,6 +40,7 @@ PageId PageTable::add_at(std::byte* address, std::uint32_t used_bytes) {
   std::memset(address, 0, host_.page_bytes());
   std::lock_guard lock(mutex_);
   pages_.push_back({Home::kHost, used_bytes, 0, false, kNoFrame, Slot{0, 0}, 0, false, 0, address, 0});
+  words_.emplace_back(0);
   return static_cast<PageId>(pages_.size() - 1);
 }
 
@@ -70,7 +73,39 @@ Frame PageTable::publish_frame(PageId page, Frame frame) {
   entry.frame = frame;
   entry.written = true;
   ++entry.version;
+  show(page);
   return former;
+}
+
+void PageTable::exchange_frames(PageId one, PageId other) {
+  std::lock_guard lock(mutex_);
+  for (const PageId page : {one, other}) {
+    expect_home(pages_.at(page), Home::kHost);
+    if (pages_[page].fixed != nullptr) throw std::logic_error("PageTable: a page at a fixed address keeps it");
+  }
+  std::swap(pages_[one].frame, pages_[other].frame);
+  for (const PageId page : {one, other}) {
+    pages_[page].written = true;
+    ++pages_[page].version;
+    show(page);
+  }
+}
+
+void PageTable::show(PageId page) {
+  const PageInfo& entry = pages_[page];
+  if (entry.home == Home::kHost && entry.fixed == nullptr)
+    words_[page].store(std::uint64_t{entry.frame} << 32 | static_cast<std::uint32_t>(entry.version));
+}
+
+HeldFrame PageTable::hold(PageId page) {
+  std::atomic<std::uint64_t>& shown = words_.at(page);
+  while (true) {
+    const std::uint64_t word = shown.load();
+    const auto frame = static_cast<Frame>(word >> 32);
+    host_.retain_reader(frame);
+    if (shown.load() == word) return {frame, static_cast<std::uint32_t>(word)};
+    host_.release_reader(frame);  // published meanwhile, and perhaps written to by now
+  }
 }
 
 void PageTable::publish_in_place(PageId page) {
@@ -79,6 +114,7 @@ void PageTable::publish_in_place(PageId page) {
   expect_home(entry, Home::kHost);
   entry.written = true;
   ++entry.version;
+  show(page);
 }
 
 void PageTable::expect_publish(PageId page) {
@@ -184,6 +220,7 @@ void PageTable::adopt(PageId page, Slot slot, std::uint32_t crc, std::uint64_t v
     entry.saved = entry.home == Home::kHost;
     entry.saved_version = version;
     entry.expected = version;
+    show(page);
   }
   if (former) ssd_.release(*former);
 }

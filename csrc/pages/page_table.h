@@ -1,8 +1,10 @@
 // Where every page is. The one place that knows.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -55,6 +57,12 @@ struct Captured {
   std::uint64_t version;
 };
 
+// What a reader of a host page holds: the frame keeps its content until `release` of the table.
+struct HeldFrame {
+  Frame frame;
+  std::uint32_t version;  // the lower half of the page's
+};
+
 struct TierCapacityError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -87,6 +95,12 @@ class PageTable {
   // Host pages: exchanges the page's frame for `frame`, which holds the new content; returns the former frame, now the
   // caller's.
   Frame publish_frame(PageId page, Frame frame);
+  // Host pages: exchanges the frames of two of them.
+  void exchange_frames(PageId one, PageId other);
+  // Host pages: the newest content, for as long as the caller likes, while others are published. Takes no lock, and
+  // waits for nobody. Whoever publishes owns the former frame, and writes to it when it has no readers (HostPool).
+  HeldFrame hold(PageId page);
+  void release(const HeldFrame& held) { host_.release_reader(held.frame); }
   // Host pages written in place by their only writer: counts the version.
   void publish_in_place(PageId page);
   // An update of the page begins: who reads it next shall wait for the version that it will publish ...
@@ -120,11 +134,16 @@ class PageTable {
 
  private:
   void write_first(PageInfo& page);  // gets content; with the mutex held
+  void show(PageId page);            // to those who take no lock; with the mutex held
 
   HostPool& host_;
   SlotMap& ssd_;
   mutable std::mutex mutex_;
   std::vector<PageInfo> pages_;
+  // Frame and version of each host page in one word, so that a reader gets both of one publish. Seq_cst throughout, as
+  // are the counts of readers: a reader counts itself and then looks at the word again, a publisher changes the word
+  // and then looks at the count, so one of them sees the other.
+  std::deque<std::atomic<std::uint64_t>> words_;
   std::size_t ssd_count_ = 0, ssd_peak_count_ = 0;  // SSD pages with content
   std::string stopped_because_;                     // empty while the store may be written to
 };

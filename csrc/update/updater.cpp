@@ -1,5 +1,9 @@
 #include "update/updater.h"
 
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -42,6 +46,27 @@ void expect_valid(const PageTable& table, const Span& span, const UpdaterOptions
     expect_pages(table, "PARAM", {span.param}, span.elements, itemsize(options.param_dtype));
 }
 
+// A sweep exchanges frames: of parameters beside their readers, and of gradients.
+void expect_sweepable(const PageTable& table, const Span& span, const UpdaterOptions& options) {
+  const auto in_pool = [&](PageId page) {
+    const pages::PageInfo info = table.info(page);
+    return info.home == Home::kHost && info.fixed == nullptr;
+  };
+  if (options.grad_dtype != DType::kF32) throw std::invalid_argument("gradients that are added up are fp32");
+  if (!span.step_grad.empty()) expect_pages(table, "GRAD", span.step_grad, span.elements, itemsize(options.grad_dtype));
+  std::vector<PageId> exchanged = span.grad;
+  exchanged.insert(exchanged.end(), span.step_grad.begin(), span.step_grad.end());
+  if (span.param == pages::kNoPage || !in_pool(span.param) || !std::all_of(exchanged.begin(), exchanged.end(), in_pool))
+    throw std::invalid_argument("parameters and gradients of a sweep live in the host tier");
+}
+
+// Computing goes first where both want a core. What the system refuses is a slower step and nothing else, so the result
+// is not read.
+void give_way(int niceness) {
+  const auto thread = static_cast<id_t>(syscall(SYS_gettid));
+  if (niceness > 0) (void)setpriority(PRIO_PROCESS, thread, getpriority(PRIO_PROCESS, thread) + niceness);
+}
+
 void expect_valid(const Work& work, const std::vector<Span>& spans, const std::vector<kernels::Hyper>& hypers) {
   if (work.span >= spans.size()) throw std::invalid_argument("no span " + std::to_string(work.span));
   const std::uint64_t elements = spans[work.span].elements;
@@ -59,6 +84,7 @@ void expect_valid(const Work& work, const std::vector<Span>& spans, const std::v
 }  // namespace
 
 void Updater::Task::set_error(const std::exception_ptr& error, bool published) const {
+  if (batch->tickets.done == nullptr) return;  // swept
   if (!published) batch->tickets.published->set_error(error);
   batch->tickets.done->set_error(error);
 }
@@ -70,7 +96,17 @@ Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engi
     throw std::invalid_argument("an updater has 1 thread or more, and a ring of 1 to " +
                                 std::to_string(kMostRingDepth) + " spans for each, of which 1 or more may be written");
   for (const Span& span : spans_) expect_valid(table, span, options_);
-  const std::size_t frames = frames_per_slot(table, spans_);
+  if (options_.sweep) {
+    for (const Span& span : spans_) expect_sweepable(table, span, options_);
+    sweep_ = std::make_unique<Sweep>(table, spans_, *options_.sweep, options_.deadline_seconds);
+    sweep_->on_gradients = [this] {
+      {
+        std::lock_guard lock(mutex_);
+      }
+      arrived_.notify_all();
+    };
+  }
+  const std::size_t frames = frames_per_slot(table, spans_, sweep_ != nullptr);
   for (auto& engine : engines) {
     const auto index = static_cast<std::uint32_t>(workers_.size());
     workers_.push_back(std::make_unique<Worker>(*this, index, std::move(engine)));
@@ -80,6 +116,7 @@ Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engi
     for (auto& worker : workers_)
       threads_.emplace_back([this, &worker, index = threads_.size()] {
         timeline::name_lane("updater " + std::to_string(index));
+        if (sweep_) give_way(options_.sweep->niceness);
         run(*worker);
       });
   } catch (...) {
@@ -122,19 +159,38 @@ void Updater::give_up_publish(std::uint32_t span) {
   if (fetcher_ != nullptr) fetcher_->look_for_errors();
 }
 
-std::size_t Updater::frames_per_slot(const PageTable& table, const std::vector<Span>& spans) {
+std::size_t Updater::frames_per_slot(const PageTable& table, const std::vector<Span>& spans, bool swept) {
   std::size_t most = 0;
   for (const Span& span : spans) {
     std::size_t frames = span.param != pages::kNoPage ? 1 : 0;
     for (const auto* ids : {&span.master, &span.exp_avg, &span.exp_avg_sq, &span.grad})
-      for (const PageId page : *ids) frames += table.info(page).home == Home::kSsd;
+      for (const PageId page : *ids) frames += table.info(page).home == Home::kSsd || (swept && ids == &span.grad);
     most = std::max(most, frames);
   }
   return most;
 }
 
+Sweep& Updater::sweep() {
+  if (!sweep_) throw std::logic_error("this updater's gradients are submitted");
+  return *sweep_;
+}
+
+void Updater::hand_over(const std::vector<Sweep::Piece>& pieces, const std::vector<kernels::Hyper>& hypers,
+                        bool from_step) {
+  for (const Sweep::Piece& piece : pieces) {
+    expect_valid({piece.span, piece.segments}, spans_, hypers);
+    if (piece.segments.empty()) throw std::invalid_argument("a gradient that is handed over has elements");
+    if (from_step && spans_[piece.span].step_grad.empty())
+      throw std::invalid_argument("span " + std::to_string(piece.span) + " has no pages for a step's gradient");
+  }
+  for (const kernels::Hyper& hyper : hypers)
+    if (hyper.rule != options_.rule) throw std::invalid_argument("hyperparameters of another rule than the updater's");
+  sweep().hand_over(pieces, hypers, from_step);
+}
+
 Tickets Updater::submit(std::string what, std::vector<Work> work, std::vector<kernels::Hyper> hypers,
                         std::uint32_t rank) {
+  if (sweep_) throw std::logic_error("this updater takes gradients out of accumulators");
   for (const Work& item : work) expect_valid(item, spans_, hypers);
   for (const kernels::Hyper& hyper : hypers)
     if (hyper.rule != options_.rule) throw std::invalid_argument("hyperparameters of another rule than the updater's");
@@ -191,7 +247,9 @@ void Updater::recall() {
 
 Utilisation Updater::utilisation() const {
   std::lock_guard lock(mutex_);
-  return totals_;
+  Utilisation now = totals_;
+  if (sweep_) now.gradients = sweep_->counts();
+  return now;
 }
 
 void Updater::run(Worker& worker) {
@@ -212,6 +270,7 @@ void Updater::run(Worker& worker) {
       // with the kernel, so this thread may neither reuse nor release them.
       std::unique_lock lock(mutex_);
       if (!failed_) failed_ = std::current_exception();
+      if (sweep_) sweep_->fail(failed_);
       if (stopping_) {
         const std::exception_ptr failed = failed_;
         lock.unlock();

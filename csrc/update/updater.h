@@ -2,6 +2,12 @@
 // publish. Each thread keeps a ring of spans in flight, so that the SSD works
 // on the next ones while the CPU computes this one; and where no gradient is
 // there yet, it reads the states of the spans that are expected next.
+//
+// Two ways to get gradients, on the same pipeline. Submitted: a unit's spans
+// are queued, their GRAD pages are the updater's until the tickets are done,
+// and readers wait for the new parameters. Swept: the threads go round the
+// spans and take out of the accumulators what has come since, parameters are
+// published beside readers of the former ones, and nobody waits for anybody.
 #pragma once
 
 #include <condition_variable>
@@ -10,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -18,25 +25,11 @@
 #include "pages/fetcher.h"
 #include "pages/page_table.h"
 #include "pages/ticket.h"
+#include "update/accumulators.h"
+#include "update/span.h"
+#include "update/sweep.h"
 
 namespace angelptm::update {
-
-using pages::PageId;
-
-// The elements of one PARAM page, and where everything about them lives. Fixed for the life of the run.
-struct Span {
-  std::uint64_t elements = 0;
-  std::vector<PageId> master, exp_avg, exp_avg_sq;  // page k holds elements [k, k + 1) × page_bytes / 4
-  std::vector<PageId> grad;                         // page k holds elements [k, k + 1) × page_bytes / itemsize(grad)
-  PageId param = pages::kNoPage;                    // published here ...
-  std::byte* device_param = nullptr;                // ... or written here, when the parameters live on the device
-};
-
-// Elements [start, start + count) of a span that share one set of hyperparameters. Elements in no run keep their state.
-struct Segment {
-  std::uint64_t start, count;
-  std::uint32_t hyper;
-};
 
 struct Work {
   std::uint32_t span;
@@ -49,6 +42,7 @@ struct Utilisation {
   std::uint64_t spans = 0;
   std::uint64_t published_bytes = 0;  // PARAM bytes written to host frames, device frames and staging
   std::uint64_t read_ahead = 0;       // spans whose states were being read, or there, when their gradients came
+  GradientCounts gradients;           // swept
   io::Counters io;
 };
 
@@ -59,6 +53,7 @@ struct UpdaterOptions {
   DType param_dtype = DType::kF32;
   double deadline_seconds = 120;
   std::size_t write_depth = 3;  // of the ring: spans that are written at once at most, since each needs fresh slots
+  std::optional<SweepOptions> sweep;  // swept; without it submitted
 };
 
 // What submit returns. `published`: the new parameters can be read, which is before the states are written. `done`: the
@@ -67,7 +62,7 @@ struct Tickets {
   std::shared_ptr<Ticket> done, published;
 };
 
-// Owns states and gradients of the spans while their tickets are open; nobody
+// Submitted: owns states and gradients of the spans while their tickets are open; nobody
 // else may touch those pages. Errors travel in the tickets; after the first one
 // every later span fails with it too, and nothing more is written.
 class Updater {
@@ -89,8 +84,12 @@ class Updater {
   // Gives up what is read ahead, and returns when nobody reads states: before somebody else writes to them.
   void recall();
   Utilisation utilisation() const;
+  // Swept: what waits, what is published; std::logic_error otherwise.
+  Sweep& sweep();
+  // Sweep::hand_over, after the checks that submit makes.
+  void hand_over(const std::vector<Sweep::Piece>& pieces, const std::vector<kernels::Hyper>& hypers, bool from_step);
   // Staging frames that each ring slot needs for `spans` (before construction, for the plan's own check).
-  static std::size_t frames_per_slot(const pages::PageTable& table, const std::vector<Span>& spans);
+  static std::size_t frames_per_slot(const pages::PageTable& table, const std::vector<Span>& spans, bool swept);
 
  private:
   struct Batch;
@@ -120,6 +119,7 @@ class Updater {
   pages::Fetcher* fetcher_;
   std::vector<Span> spans_;
   UpdaterOptions options_;
+  std::unique_ptr<Sweep> sweep_;  // null where gradients are submitted
   mutable std::mutex mutex_;
   std::condition_variable arrived_, recalled_;
   std::map<std::uint32_t, std::deque<Task>> queue_;  // by rank

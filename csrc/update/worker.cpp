@@ -46,6 +46,11 @@ std::size_t Updater::Worker::ahead_count() const {
       std::count_if(flights_.begin(), flights_.end(), [](const Flight& flight) { return flight.ahead(); }));
 }
 
+bool Updater::Worker::may_compute(const Flight& flight) const {
+  if (flight.stage != Flight::Stage::kReady) return false;
+  return flight.task.batch != nullptr || (updater_.sweep_ && updater_.sweep_->accumulators().is_full(flight.span));
+}
+
 Updater::Flight* Updater::Worker::soonest(Flight::Stage stage) {
   Flight* found = nullptr;
   for (Flight& flight : flights_)
@@ -57,7 +62,7 @@ Updater::Flight* Updater::Worker::soonest(Flight::Stage stage) {
 
 bool Updater::Worker::has_something_to_do(Lock&) const {
   return waits_for_io() ||
-         std::any_of(flights_.begin(), flights_.end(), [](const Flight& flight) { return may_compute(flight); });
+         std::any_of(flights_.begin(), flights_.end(), [this](const Flight& flight) { return may_compute(flight); });
 }
 
 // Forgets what was read ahead and is expected no more.
@@ -66,6 +71,7 @@ bool Updater::Worker::drop_ahead(Lock&) {
   for (Flight& flight : flights_) {
     SpanState& state = updater_.states_[flight.span];
     if (!flight.ahead() || flight.stage != Flight::Stage::kReady || state.expected_in == updater_.epoch_) continue;
+    if (may_compute(flight)) continue;
     flight.stage = Flight::Stage::kIdle;
     flight.error = nullptr;
     state.holder = kNobody;
@@ -118,21 +124,58 @@ bool Updater::Worker::take_work(Lock& lock) {
       took = true;
       continue;
     }
-    if (updater_.failed_ || ahead_count() + 1 >= flights_.size()) return took;
-    auto& expected = updater_.expected_;
-    const auto next = std::find_if(expected.begin(), expected.end(), [this](std::uint32_t span) {
-      return !updater_.states_[span].open && updater_.states_[span].holder == kNobody;
-    });
-    if (next == expected.end()) return took;
-    const std::uint32_t span = *next;
-    expected.erase(next);
-    updater_.states_[span].holder = index_;
-    ++updater_.ahead_count_;
-    lock.unlock();
-    start(span, *flight);
-    lock.lock();
+    if (updater_.failed_ || !start_ahead(*flight, lock)) return took;
     took = true;
   }
+}
+
+// Begins to read the states of a span whose gradients wait in an accumulator, or are expected; the latter with all but
+// one slot of the ring.
+bool Updater::Worker::start_ahead(Flight& flight, Lock& lock) {
+  const auto is_free = [this](std::uint32_t span) {
+    return !updater_.states_[span].open && updater_.states_[span].holder == kNobody;
+  };
+  auto& expected = updater_.expected_;
+  std::optional<std::uint32_t> span;
+  if (updater_.sweep_) span = updater_.sweep_->next(is_free);
+  if (!span && ahead_count() + 1 < flights_.size())
+    if (const auto next = std::find_if(expected.begin(), expected.end(), is_free); next != expected.end()) span = *next;
+  if (!span) return false;
+  if (const auto found = std::find(expected.begin(), expected.end(), *span); found != expected.end())
+    expected.erase(found);
+  updater_.states_[*span].holder = index_;
+  ++updater_.ahead_count_;
+  lock.unlock();
+  start(*span, flight);
+  lock.lock();
+  return true;
+}
+
+// As late as can be: all that has come by now is in this update. False where the computing thread has the accumulator,
+// which is full again afterwards.
+bool Updater::Worker::take_gradients(Flight& flight) {
+  Taken taken;
+  if (!updater_.sweep_->take(flight.span, flight.frames.data() + flight.taken_frame, taken)) return false;
+  Task task{std::make_shared<Batch>(Batch{{}, std::move(taken.hypers), 0}),
+            {flight.span, std::move(taken.segments)},
+            taken.gradients};
+  {
+    std::lock_guard lock(updater_.mutex_);
+    SpanState& state = updater_.states_[flight.span];
+    state.open = true;
+    state.holder = kNobody;
+    if (updater_.failed_ && !flight.error) flight.error = updater_.failed_;
+    if (--updater_.ahead_count_ == 0) updater_.recalled_.notify_all();
+  }
+  flight.task = std::move(task);
+  for (std::size_t page = 0; page < updater_.spans_[flight.span].grad.size(); ++page) {
+    const PageId id = updater_.spans_[flight.span].grad[page];
+    flight.pieces.push_back({id, table_.host().address(flight.frames[flight.taken_frame + page]),
+                             table_.info(id).used_bytes, false, false, std::nullopt});
+  }
+  add_param(flight);
+  if (flight.error) fail(flight, flight.error);  // of its reads
+  return !flight.error;
 }
 
 void Updater::Worker::add_pieces(Flight& flight, const std::vector<PageId>& ids, bool written_back) {
@@ -161,6 +204,8 @@ void Updater::Worker::start(std::uint32_t span_index, Flight& flight) {
   flight.first_exp_avg_sq = flight.pieces.size();
   add_pieces(flight, span.exp_avg_sq, true);
   flight.first_grad = flight.pieces.size();
+  flight.taken_frame = 0;
+  for (const Flight::Piece& piece : flight.pieces) flight.taken_frame += piece.staged;
   read(flight, 0);
 }
 
@@ -169,16 +214,20 @@ void Updater::Worker::attach(Flight& flight, Task task) {
   flight.task = std::move(task);
   const Span& span = updater_.spans_[flight.span];
   add_pieces(flight, span.grad, false);
-  flight.first_param = flight.pieces.size();
-  flight.param_frame = flight.frames.empty() ? 0 : flight.frames.size() - 1;
-  if (span.param != pages::kNoPage) {
-    const PageInfo info = table_.info(span.param);
-    // The new content goes to a frame of our own in either case; publishing writes it out or exchanges the frames.
-    flight.pieces.push_back({span.param, table_.host().address(flight.frames.at(flight.param_frame)), info.used_bytes,
-                             false, info.home == Home::kSsd, std::nullopt});
-  }
+  add_param(flight);
   read(flight, flight.first_grad);
   if (flight.transfers_left == 0 && flight.error) fail(flight, flight.error);
+}
+
+void Updater::Worker::add_param(Flight& flight) {
+  const Span& span = updater_.spans_[flight.span];
+  flight.first_param = flight.pieces.size();
+  flight.param_frame = flight.frames.empty() ? 0 : flight.frames.size() - 1;
+  if (span.param == pages::kNoPage) return;
+  const PageInfo info = table_.info(span.param);
+  // The new content goes to a frame of our own in either case; publishing writes it out or exchanges the frames.
+  flight.pieces.push_back({span.param, table_.host().address(flight.frames.at(flight.param_frame)), info.used_bytes,
+                           false, info.home == Home::kSsd, std::nullopt});
 }
 
 std::uint64_t Updater::Worker::tag_of(const Flight& flight, std::size_t piece) const {
@@ -244,6 +293,13 @@ void Updater::Worker::submit(Flight& flight, const std::vector<io::Transfer>& tr
 // The new parameters are there before their states wait for their turn to be written.
 bool Updater::Worker::compute_one() {
   Flight* flight = soonest(Flight::Stage::kReady);
+  if (flight == nullptr && updater_.sweep_) {
+    const auto found = std::find_if(flights_.begin(), flights_.end(), [this](const Flight& one) {
+      return one.stage == Flight::Stage::kReady && may_compute(one);
+    });
+    if (found == flights_.end() || !take_gradients(*found)) return false;
+    flight = &*found;
+  }
   if (flight == nullptr) return false;
   try {
     check_pages(*flight);
@@ -272,8 +328,10 @@ void Updater::Worker::write_computed() {
 void Updater::Worker::check_pages(Flight& flight) {
   for (Flight::Piece& piece : flight.pieces) {
     const PageInfo now = table_.info(piece.page);
-    const bool is_param = &piece - flight.pieces.data() == static_cast<std::ptrdiff_t>(flight.first_param);
-    const bool moved = !piece.staged && !is_param && table_.address(now) != piece.address;
+    const auto index = static_cast<std::size_t>(&piece - flight.pieces.data());
+    // Parameters are made in a frame of our own, and gradients out of an accumulator lie in some.
+    const bool own = index >= (updater_.sweep_ ? flight.first_grad : flight.first_param);
+    const bool moved = !piece.staged && !own && table_.address(now) != piece.address;
     if (moved || (piece.staged && !same_content(piece.read_from, now)))
       throw std::logic_error("a page was written to while the updater had read it ahead: recall comes first");
     if (!piece.unchecked) continue;
@@ -333,6 +391,12 @@ void Updater::Worker::compute(Flight& flight) {
 // The new parameters can be read from here on: on the device, or by way of the fetcher. The page table shows them when
 // the states are written too, so that an error leaves both as they were.
 void Updater::Worker::publish_param(Flight& flight) {
+  if (updater_.sweep_) {
+    Frame& own = flight.frames[flight.param_frame];
+    own = updater_.sweep_->publish(flight.span, own, flight.task.gradients);
+    flight.published = true;
+    return;
+  }
   if (flight.first_param < flight.pieces.size()) {
     if (updater_.fetcher_ == nullptr) return;  // told at the end
     const Flight::Piece& piece = flight.pieces[flight.first_param];
@@ -347,6 +411,7 @@ void Updater::Worker::publish_param(Flight& flight) {
 void Updater::Worker::publish(Flight& flight) {
   for (std::size_t i = 0; i < flight.pieces.size(); ++i) {
     Flight::Piece& piece = flight.pieces[i];
+    if (updater_.sweep_ && i >= flight.first_grad) break;  // published before, and frames of our own
     if (i == flight.first_param && !piece.written_back) {
       Frame& own = flight.frames[flight.param_frame];
       own = table_.publish_frame(piece.page, own);
@@ -392,10 +457,18 @@ void Updater::Worker::finish(Flight& flight) {
     updater_.states_[flight.span].open = false;
   }
   const Tickets tickets = flight.task.batch->tickets;
+  const std::uint32_t gradients = flight.task.gradients;
   flight.task = {};
   flight.stage = Flight::Stage::kIdle;
-  if (!flight.published) tickets.published->finish_part(flight.error);
-  tickets.done->finish_part(flight.error);
+  if (updater_.sweep_) {
+    if (flight.error)
+      updater_.sweep_->fail(flight.error);
+    else
+      updater_.sweep_->applied(flight.span, gradients);
+  } else {
+    if (!flight.published) tickets.published->finish_part(flight.error);
+    tickets.done->finish_part(flight.error);
+  }
   updater_.arrived_.notify_all();  // the span may be read ahead again
 }
 
@@ -408,7 +481,7 @@ void Updater::Worker::fail(Flight& flight, const std::exception_ptr& error) {
     piece.slot.reset();
   }
   flight.task.set_error(error, flight.published);
-  updater_.give_up_publish(flight.span);
+  if (!updater_.sweep_) updater_.give_up_publish(flight.span);
   finish(flight);
 }
 
@@ -418,7 +491,7 @@ void Updater::Worker::wait_for_io() {
   std::vector<io::Outcome> outcomes;
   // A ready span means there is something better to do than wait.
   const bool compute_next =
-      std::any_of(flights_.begin(), flights_.end(), [](const Flight& flight) { return may_compute(flight); });
+      std::any_of(flights_.begin(), flights_.end(), [this](const Flight& flight) { return may_compute(flight); });
   std::exception_ptr stuck;
   const auto waiting = compute_next ? timeline::Clock::time_point{} : timeline::begin();
   try {
@@ -446,6 +519,10 @@ void Updater::Worker::wait_for_io() {
 }
 
 void Updater::Worker::give_up(const std::exception_ptr& error) {
+  if (updater_.sweep_) {
+    updater_.sweep_->fail(error);
+    return;
+  }
   for (const Task& task : adopted_) updater_.fail(task, error);
   adopted_.clear();
   for (const Flight& flight : flights_)

@@ -15,7 +15,7 @@ using pages::PageTable;
 using pages::Slot;
 
 struct Updater::Batch {
-  Tickets tickets;
+  Tickets tickets;  // swept: null
   std::vector<kernels::Hyper> hypers;
   std::uint32_t rank;
 };
@@ -23,6 +23,7 @@ struct Updater::Batch {
 struct Updater::Task {
   std::shared_ptr<Batch> batch;  // null: there is none
   Work work;
+  std::uint32_t gradients = 1;  // swept: how many it stands for
 
   void set_error(const std::exception_ptr& error, bool published) const;  // of parts that are not finished yet
 };
@@ -47,6 +48,7 @@ struct Updater::Flight {
   std::vector<Piece> pieces;  // master pages, exp_avg pages, exp_avg_sq pages, gradient pages, parameter page
   std::size_t first_exp_avg = 0, first_exp_avg_sq = 0, first_grad = 0, first_param = 0;
   std::size_t param_frame = 0;  // index into frames of the frame that receives the new parameters
+  std::size_t taken_frame = 0;  // swept: of the first one that gets gradients out of an accumulator
   std::size_t transfers_left = 0;
   io::Clock::time_point submitted{};  // the first of these transfers, while a timeline is recorded
   std::uint64_t submitted_bytes = 0;  // of all of them
@@ -103,14 +105,15 @@ class Updater::Worker {
  private:
   Flight* idle_flight();
   std::size_t ahead_count() const;
-  static bool may_compute(const Flight& flight) {
-    return flight.stage == Flight::Stage::kReady && flight.task.batch != nullptr;
-  }
+  bool may_compute(const Flight& flight) const;
   Flight* soonest(
       Flight::Stage stage);  // of those at a stage that have a task, the one that is needed soonest; or null
   bool drop_ahead(Lock& lock);
+  bool start_ahead(Flight& flight, Lock& lock);
+  bool take_gradients(Flight& flight);
   void start(std::uint32_t span, Flight& flight);
   void attach(Flight& flight, Task task);
+  void add_param(Flight& flight);
   void add_pieces(Flight& flight, const std::vector<PageId>& ids, bool written_back);
   void read(Flight& flight, std::size_t first);
   void write(Flight& flight);

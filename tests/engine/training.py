@@ -21,14 +21,15 @@ PAGE = 64 * 2**10
 EVERYTHING_ON_SSD = {"param": "ssd", "grad": "ssd", "states": "ssd"}
 
 
-def tight_config(model: nn.Module, folder: Path, **keys: Any) -> Config:
+def tight_config(model: nn.Module, folder: Path, *, device: int = 0, **keys: Any) -> Config:
     """The smallest device budget that the plan accepts, page by page, and the host budget that its refusal asks for.
 
-    ``keys`` are those of the configuration; all pages live on the SSD unless ``placement`` says otherwise.
+    ``device``: at least so much of it. ``keys`` are those of the configuration; all pages live on the SSD unless
+    ``placement`` says otherwise.
     """
     content: dict[str, Any] = {"page_size": PAGE, "placement": EVERYTHING_ON_SSD} | keys
     content.setdefault("optimizer", {"lr": 1e-2})
-    budgets = {"device": content["page_size"], "host": content["page_size"]}
+    budgets = {"device": max(device, content["page_size"]), "host": content["page_size"]}
     while True:
         config = load_config({**content, "tiers": {**budgets, "ssd": [{"path": str(folder / "pages")}]}})
         try:

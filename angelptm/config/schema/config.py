@@ -100,6 +100,8 @@ class Config(Section):
                 key="execution.updates",
                 value="backward",
             )
+        if self.update.is_swept:
+            self._expect_sweepable()
         if self.schedule.warmup_steps > self.training.steps > 0:
             raise expected(
                 f"at most training.steps ({self.training.steps})",
@@ -109,6 +111,24 @@ class Config(Section):
         if self.hardware is not None:
             object.__setattr__(self, "io", _io_from_hardware(self.io, read_hardware(self.hardware)))
         return self
+
+    def _expect_sweepable(self) -> None:
+        """Updating threads exchange frames of parameters and gradients in memory."""
+        for name in ("param", "grad"):
+            if getattr(self.placement, name) not in ("auto", "host"):
+                raise expected(
+                    f"auto or host with update.mode: {self.update.mode}",
+                    key=f"placement.{name}",
+                    value=getattr(self.placement, name),
+                    remedy="Parameters and gradients stay in host memory in this mode; states may live on the SSD.",
+                )
+        if self.execution.moves == "serial":
+            raise expected(
+                "planned or demand, as serial steps wait for their updates",
+                key="execution.moves",
+                value="serial",
+                remedy="Set update.mode: sync to compare with serial steps.",
+            )
 
     def resolved_yaml(self) -> str:
         """Every key with its value, sizes as the shortest exact text; loading it gives an equal Config."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from angelptm.config.schema.types import Section, UserPath, expected
 
@@ -25,8 +26,22 @@ CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count)]
 class Update(Section):
     """The native updater: threads that read states, apply the rule, write states and publish parameters."""
 
-    mode: Literal["sync"] = Field(
-        default="sync", description="sync: bit-identical to the same kernel without paging, and still overlapped."
+    mode: Literal["sync", "bounded", "lock_free"] = Field(
+        default="sync",
+        description="sync: bit-identical to the same kernel without paging, and still overlapped. bounded: parameters "
+        "may lack the gradients of up to max_staleness steps. lock_free: nothing waits for an update; how far "
+        "parameters are behind is recorded. The last two keep parameters and gradients in tiers.host.",
+    )
+    max_staleness: int | None = Field(
+        default=None, ge=0, description="mode bounded: steps whose gradients parameters may lack. null: 1."
+    )
+    gradients: Literal["mean", "sum"] = Field(
+        default="mean",
+        description="What gradients that came while a span was busy become. mean: their average, applied for as many "
+        "steps at once. sum: their sum, applied as one step's.",
+    )
+    order: Literal["auto", "round_robin", "most_gradients", "next_needed"] = Field(
+        default="auto", description="Which span is updated next in the modes bounded and lock_free. auto: round_robin."
     )
     threads: CountOrAuto = Field(default="auto", description="Updating threads. auto: from the cores available.")
     ring_depth: CountOrAuto = Field(default="auto", description="Spans in flight per updating thread.")
@@ -34,9 +49,30 @@ class Update(Section):
     @field_validator("mode", mode="before")
     @classmethod
     def _known_mode(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(("bounded", "lock_free", "lock-free")):
-            raise expected("'sync'", remedy="Modes with stale parameters are not available in this version.")
-        return value
+        return "lock_free" if value == "lock-free" else value
+
+    @model_validator(mode="after")
+    def _staleness_is_bounded(self) -> Self:
+        if self.max_staleness is not None and self.mode != "bounded":
+            raise expected(
+                f"null with update.mode: {self.mode}",
+                key="update.max_staleness",
+                value=self.max_staleness,
+                remedy="Set update.mode: bounded.",
+            )
+        return self
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether updating threads take gradients when they come to them, instead of the computing thread's waiting."""
+        return self.mode != "sync"
+
+    @property
+    def most_behind(self) -> int | None:
+        """Steps whose gradients parameters may lack; None where nothing bounds it."""
+        if self.mode == "lock_free":
+            return None
+        return (1 if self.max_staleness is None else self.max_staleness) if self.mode == "bounded" else 0
 
 
 class Execution(Section):

@@ -1,0 +1,200 @@
+#include "update/sweep.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <thread>
+
+#include "pages/deadline.h"
+#include "pages/ticket.h"
+
+namespace angelptm::update {
+
+Sweep::Sweep(pages::PageTable& table, const std::vector<Span>& spans, SweepOptions options, double deadline_seconds)
+    : table_(table),
+      spans_(spans),
+      options_(std::move(options)),
+      deadline_seconds_(deadline_seconds),
+      accumulators_(table, spans, options_.combine),
+      tallies_(std::make_unique<Tally[]>(spans.size())) {
+  options_.ranks.resize(spans.size(), 0);
+  for (std::size_t i = 0; i < options_.spare_frames; ++i) {
+    const auto frame = table.host().allocate();
+    if (!frame) {
+      for (const pages::Frame taken : retired_) table.host().release(taken);
+      throw pages::TierCapacityError("host tier: too few frames for parameters that are read while new ones come");
+    }
+    retired_.push_back(*frame);
+  }
+}
+
+Sweep::~Sweep() {
+  for (const pages::Frame frame : retired_) table_.host().release(frame);
+}
+
+void Sweep::rethrow_failure() const {
+  std::lock_guard lock(mutex_);
+  if (failed_) std::rethrow_exception(failed_);
+}
+
+void Sweep::fail(const std::exception_ptr& error) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!failed_) failed_ = error;
+  }
+  progress_.notify_all();
+}
+
+// The lock is what keeps a waiter that has just looked from missing this.
+void Sweep::progressed() {
+  {
+    std::lock_guard lock(mutex_);
+  }
+  progress_.notify_all();
+}
+
+template <typename Done>
+void Sweep::wait(const Done& done, const std::string& what) {
+  std::unique_lock lock(mutex_);
+  const bool came = progress_.wait_until(lock, deadline_after(deadline_seconds_), [&] { return failed_ || done(); });
+  if (failed_) std::rethrow_exception(failed_);
+  if (!came) throw DeadlineError("waited " + std::to_string(deadline_seconds_) + " s for " + what);
+}
+
+void Sweep::open(const std::vector<std::uint32_t>& spans) {
+  rethrow_failure();
+  for (const std::uint32_t span : spans) accumulators_.open(span);
+}
+
+void Sweep::open_empty(const std::vector<std::uint32_t>& spans, const std::string& what) {
+  std::size_t opened = 0;
+  try {
+    for (; opened < spans.size(); ++opened) wait([&] { return accumulators_.try_open_empty(spans[opened]); }, what);
+  } catch (...) {
+    for (std::size_t i = 0; i < opened; ++i) accumulators_.put_back(spans[i]);
+    throw;
+  }
+}
+
+void Sweep::put_back(const std::vector<std::uint32_t>& spans) {
+  for (const std::uint32_t span : spans) accumulators_.put_back(span);
+  if (on_gradients) on_gradients();  // what was there may be taken again
+}
+
+void Sweep::hand_over(const std::vector<Piece>& pieces, const std::vector<kernels::Hyper>& hypers, bool from_step) {
+  rethrow_failure();
+  for (const Piece& piece : pieces) {
+    // Before the gradient can be taken, so that nobody sees more published than produced.
+    tallies_[piece.span].produced.fetch_add(1);
+    if (from_step)
+      accumulators_.add(piece.span, piece.segments, hypers);
+    else
+      accumulators_.hand_over(piece.span, piece.segments, hypers);
+  }
+  if (on_gradients) on_gradients();
+}
+
+void Sweep::wait_published(const std::vector<std::uint32_t>& spans, std::uint32_t most_behind,
+                           const std::string& what) {
+  wait(
+      [&] {
+        return std::all_of(spans.begin(), spans.end(),
+                           [&](std::uint32_t span) { return produced(span) <= published(span) + most_behind; });
+      },
+      what);
+}
+
+bool Sweep::are_applied(const std::vector<std::uint32_t>& spans, const std::vector<std::uint64_t>& counts) const {
+  for (std::size_t i = 0; i < spans.size(); ++i)
+    if (tallies_[spans[i]].applied.load() < counts[i]) return false;
+  return true;
+}
+
+void Sweep::wait_applied(const std::vector<std::uint32_t>& spans, const std::vector<std::uint64_t>& counts,
+                         const std::string& what) {
+  wait([&] { return are_applied(spans, counts); }, what);
+}
+
+GradientCounts Sweep::counts() const {
+  GradientCounts sums;
+  for (std::size_t span = 0; span < spans_.size(); ++span) {
+    // In this order: what is counted later may only have grown.
+    sums.applied += tallies_[span].applied.load();
+    sums.published += tallies_[span].published.load();
+    sums.taken += tallies_[span].taken.load();
+    sums.produced += tallies_[span].produced.load();
+  }
+  return sums;
+}
+
+std::optional<std::uint32_t> Sweep::next(const std::function<bool(std::uint32_t)>& is_free) {
+  const auto count = static_cast<std::uint32_t>(spans_.size());
+  std::optional<std::uint32_t> best;
+  std::uint64_t best_value = 0;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const std::uint32_t span = (cursor_ + i) % count;
+    if (!accumulators_.is_full(span) || !is_free(span)) continue;
+    std::uint64_t value = 0;  // the highest is taken, and of equal ones the first
+    if (options_.order == Order::kMostGradients) {
+      value = accumulators_.waiting(span);
+    } else if (options_.order == Order::kNextNeeded) {
+      const std::uint32_t ahead = options_.ranks[span] - position_.load();  // wraps: what has passed comes last
+      value = UINT32_MAX - ahead;
+    }
+    if (!best || value > best_value) {
+      best = span;
+      best_value = value;
+    }
+    if (options_.order == Order::kRoundRobin) break;
+  }
+  if (best) cursor_ = (*best + 1) % count;
+  return best;
+}
+
+bool Sweep::take(std::uint32_t span, pages::Frame* frames, Taken& taken) {
+  if (!accumulators_.take(span, frames, taken)) return false;
+  tallies_[span].taken.fetch_add(taken.gradients);
+  progressed();  // for who waits for an empty box
+  return true;
+}
+
+pages::Frame Sweep::publish(std::uint32_t span, pages::Frame frame, std::uint32_t gradients) {
+  const pages::Frame former = table_.publish_frame(spans_[span].param, frame);
+  tallies_[span].published.fetch_add(gradients);
+  progressed();
+  return unread(former);
+}
+
+void Sweep::applied(std::uint32_t span, std::uint32_t gradients) {
+  tallies_[span].applied.fetch_add(gradients);
+  progressed();
+}
+
+// There are as many spare frames as may be read at once, but for the moments in which a reader changes from one to
+// another: then this waits for it.
+pages::Frame Sweep::unread(pages::Frame frame) {
+  const pages::HostPool& host = table_.host();
+  if (host.readers(frame) == 0) return frame;
+  const auto deadline = deadline_after(deadline_seconds_);
+  bool kept = false;
+  while (true) {
+    {
+      std::lock_guard lock(frames_mutex_);
+      if (!kept) retired_.push_back(frame);
+      kept = true;
+      const auto found = std::find_if(retired_.begin(), retired_.end(),
+                                      [&](pages::Frame retired) { return host.readers(retired) == 0; });
+      if (found != retired_.end()) {
+        const pages::Frame other = *found;
+        retired_.erase(found);
+        return other;
+      }
+    }
+    if (std::chrono::steady_clock::now() > deadline)
+      throw DeadlineError("waited " + std::to_string(deadline_seconds_) +
+                          " s for a frame of former parameters that nobody reads");
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+}
+
+}  // namespace angelptm::update
