@@ -259,7 +259,7 @@ class Engine:
         """Waits until every gradient of the steps so far is applied and published; raises what went wrong in an
         update. The next use of each unit sees its newest parameters."""
         self._updates.drain()
-        self._residency.end_step()
+        self._residency.renew()
 
     # Durable states.
 
@@ -456,8 +456,9 @@ class Engine:
     def gradient_counts(self) -> dict[str, int]:
         """Gradients of spans so far: ``produced`` by steps, ``taken`` by updating threads, ``applied`` with the states
         written; ``waiting`` are produced and not applied. All 0 in the synchronous mode, where none waits."""
-        update = self._updates.utilisation()
-        counts = {name: int(update[f"gradients_{name}"]) for name in ("produced", "taken", "applied")}
+        if self._swept is None:
+            return dict.fromkeys(("produced", "taken", "applied", "waiting"), 0)
+        counts = self._swept.facts().gradients
         return {**counts, "waiting": counts["produced"] - counts["applied"]}
 
     def staleness(self) -> list[dict[int, int]]:
@@ -493,6 +494,7 @@ class Engine:
                 last.callback(self._recording.stop)
             if self._commits is not None:
                 last.callback(self._commits.close)
+            self._updates.prepare_close()
             self._updates.drain()
 
 

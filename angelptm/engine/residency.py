@@ -31,7 +31,7 @@ class _State:
 
     Where nobody waits for updates, ``stale`` says that newer parameters may be published, and that the unit may change
     to them at its next use. ``held`` are those that it computes with, ``there`` the versions of the pages in the arena.
-    ``seen`` is set when a step has begun to compute with them.
+    ``seen`` is set when a step has begun to compute with them, ``in_graph`` when its backward needs them again.
     """
 
     planned_offset: int
@@ -50,6 +50,7 @@ class _State:
     holds: bool = False
     there: tuple[int, ...] = ()
     seen: bool = False
+    in_graph: bool = False
 
 
 @dataclass
@@ -154,6 +155,7 @@ class Residency:
         swept = self._swept
         assert swept is not None, "the caller has looked"
         assert state.held is not None, "a unit that is there was held"
+        state.in_graph |= torch.is_grad_enabled()
         if state.seen:
             return
         lag = swept.lag(unit, state.held)
@@ -167,6 +169,7 @@ class Residency:
                 self._await(unit, state)
             lag = swept.lag(unit, state.held)
         state.seen = True
+        swept.used(unit, state.held)
         if torch.is_grad_enabled():
             swept.staleness[unit][lag] += 1
 
@@ -193,7 +196,7 @@ class Residency:
         """
         state = self._units[unit]
         if self._swept is not None and (state.stale or state.offset is None):
-            if not self._swept.is_current_enough(unit):
+            if self._swept.replays or not self._swept.is_current_enough(unit):
                 return False
             if state.offset is not None:
                 if state.pins > 0 or (state.arriving is not None and not state.arriving.done()):
@@ -235,7 +238,9 @@ class Residency:
         state = self._units[unit]
         if state.held is None or not state.holds or state.stale:
             self._let_go(state)
-            state.held = swept.hold(unit, [page for page, _ in items])
+            former, state.held = state.held, swept.hold(unit, [page for page, _ in items])
+            if former is not None and former.versions != state.held.versions:
+                state.version += 1  # a graph that refers to the former ones is told
             state.holds, state.stale, state.seen = True, False, False
         held = state.held
         there = state.there if state.offset is not None else ()
@@ -261,9 +266,15 @@ class Residency:
 
     def end_step(self) -> None:
         """Between two steps: from here on a unit may change to newer parameters at its next use."""
+        for state in self._units:
+            state.in_graph = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Units that no graph of autograd refers to may change to newer parameters at their next use."""
         if self._swept is not None:
             for state in self._units:
-                state.stale = True
+                state.stale |= not state.in_graph
 
     def _await(self, unit: int, state: _State) -> None:
         assert state.arriving is not None, "the caller has looked"
@@ -363,7 +374,7 @@ class Residency:
         assert self._units[unit].pins == 0, "no module computes with a unit that is updated"
         self._units[unit].version += 1
         if self._swept is not None:
-            self._units[unit].stale = True
+            self._units[unit].stale, self._units[unit].in_graph = True, False
             self._units[unit].in_backward = False
             if self._leaves[unit].placed:
                 self._leaves[unit].park()

@@ -101,7 +101,7 @@ class Stepping:
 
     def require_none_begun(self, action: str, remedy: str) -> None:
         """Refuses what cannot be done between the first update of a step and ``take_step``."""
-        if self._submitted:
+        if self._submitted or (self._swept is not None and self._swept.has_added()):
             raise AngelPTMError(f"{action}: there are gradients that no step has taken, and updates begun. {remedy}")
 
     def _make_room(self) -> None:
@@ -139,7 +139,9 @@ class Stepping:
             self._residency.wait_for_update(unit)
         elif swept.adds_as_it_comes and not swept.is_open(unit):
             self._before_change(unit)
-            self._gradients.add_to(unit, swept.open(unit, wait_until_empty=not self._early))
+            # A gradient that waits for the step may still be dropped or scaled: nothing else is with it.
+            as_it_comes = self._early and self._may_be_early[unit] and unit in self._known
+            self._gradients.add_to(unit, swept.open(unit, wait_until_empty=not as_it_comes))
 
     def _before_change(self, unit: int) -> None:
         """The unit's states may be written to from here on, or in a sweep what waits for its update may be: the commit

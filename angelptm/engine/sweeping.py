@@ -12,7 +12,9 @@ from typing import Any
 import angelptm_native as native
 
 from angelptm.config.schema.execution import Update
+from angelptm.engine.update_events import UpdateEvents
 from angelptm.engine.updates import Updates
+from angelptm.errors import AngelPTMError, ConfigError
 from angelptm.pages import PageIds
 from angelptm.plan import Plan
 
@@ -24,6 +26,7 @@ _ORDERS = {
 }
 _COMBINES = {"mean": native.Combine.MEAN, "sum": native.Combine.SUM}
 # Computing goes first where both want a core: an update that comes later costs staleness, a step that waits costs time.
+
 _NICENESS = 5
 
 
@@ -48,6 +51,25 @@ class Held:
     frames: tuple[int, ...]
     versions: tuple[int, ...]
     included: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UpdateFacts:
+    """``gradients``: of spans, produced, taken, applied. ``staleness``: unit → how often a step computed with
+    parameters that lacked so many of its gradients."""
+
+    gradients: dict[str, int]
+    staleness: dict[str, Counter[int]]
+
+    def since(self, former: UpdateFacts) -> dict[str, Any]:
+        """What came after ``former``, as JSON; ``waiting`` is what is produced and not applied by now."""
+        counts = {name: count - former.gradients[name] for name, count in self.gradients.items()}
+        counts["waiting"] = self.gradients["produced"] - self.gradients["applied"]
+        lags = {name: seen - former.staleness[name] for name, seen in self.staleness.items()}
+        return {
+            "gradients": counts,
+            "staleness": {name: dict(sorted(own.items())) for name, own in lags.items() if own},
+        }
 
 
 class _Applied:
@@ -80,9 +102,47 @@ class SweptUpdates(Updates):
         self.most_behind = update.most_behind
         """Steps whose gradients the parameters that compute may lack; None for any number."""
         self._spans = [list(range(first, first + len(unit.spans))) for first, unit in zip(self._first_span, plan.units)]
+        self._params = [[span.param for span in unit.spans if span.param is not None] for unit in pages]
+        self._events = self._open_events(update)
         self._open: dict[int, bool] = {}  # unit → whether gradients of earlier steps were in its accumulators
         self.staleness: list[Counter[int]] = [Counter() for _ in plan.units]
         """Of each unit: how often a step computed with parameters that lacked so many of its gradients."""
+
+    def _open_events(self, update: Update) -> UpdateEvents | None:
+        """Begins to record, or to do again what was recorded."""
+        assert self._updater is not None, "not closed"
+        events = None
+        if update.replay is not None:
+            needed = self._plan.update_threads + 1
+            if self._plan.ring_depth < needed:
+                raise ConfigError(
+                    "update.ring_depth",
+                    self._plan.ring_depth,
+                    f"at least {needed} with update.replay and {self._plan.update_threads} threads",
+                )
+            recorded = UpdateEvents.load(update.replay, [len(spans) for spans in self._spans])
+            self._updater.replay(recorded.takes, recorded.uses)
+        if update.record is not None:
+            self._updater.record()
+            self._first_versions = [[self._store.page_version(page) for page in pages] for pages in self._params]
+            events = UpdateEvents(update.record, [len(spans) for spans in self._spans])
+        self.replays = update.replay is not None
+        """Whether each use waits for the parameters that the recorded one had."""
+        return events
+
+    def prepare_close(self) -> None:
+        """Nothing that drains will wait for what does not come: not for a gradient in the making, nor for the rest of
+        what was recorded."""
+        if self._updater is not None:
+            self.put_back()
+            if self.replays:
+                self._updater.end_replay()
+
+    def close(self) -> None:
+        if self._events is not None and self._updater is not None:
+            self._events.takes, self._events.uses = self._updater.recorded()
+            self._events.save()
+        super().close()
 
     @property
     def adds_as_it_comes(self) -> bool:
@@ -110,10 +170,14 @@ class SweptUpdates(Updates):
         self._open[unit] = bool(held)
         return held
 
+    def has_added(self) -> bool:
+        """Whether a gradient that was begun lies among those of earlier steps."""
+        return any(self._open.values())
+
     def put_back(self) -> bool:
         """Gives up the gradients that were begun. Says whether that spoiled those of earlier steps."""
         assert self._updater is not None, "not closed"
-        spoiled = any(self._open.values())
+        spoiled = self.has_added()
         for unit in self._open:
             self._updater.put_back(self._spans[unit])
         self._open.clear()
@@ -143,10 +207,20 @@ class SweptUpdates(Updates):
     def hold(self, unit: int, pages: Sequence[int]) -> Held:
         """The newest parameters. ``pages``: the unit's PARAM pages."""
         assert self._updater is not None, "not closed"
+        if self.replays:
+            self._updater.await_use(self._spans[unit], f"the parameters of unit {self._name(unit)} that were recorded")
         # Before the frames, which may have more in them, and never less.
         included = tuple(self._updater.published(self._spans[unit]))
         found = self._store.hold(pages)
         return Held(tuple(frame for frame, _ in found), tuple(version for _, version in found), included)
+
+    def used(self, unit: int, held: Held) -> None:
+        """A step is about to compute with these."""
+        if self._updater is not None and (self.replays or self._events is not None):
+            publishes = list[int]()
+            if self._events is not None:
+                publishes = [now - first for now, first in zip(held.versions, self._first_versions[unit])]
+            self._updater.used(self._spans[unit], publishes or [0] * len(self._spans[unit]))
 
     def release(self, frames: Sequence[int]) -> None:
         self._store.release_held(frames)
@@ -178,10 +252,24 @@ class SweptUpdates(Updates):
         if self._updater is not None:
             self._updater.set_position(unit)
 
+    def facts(self) -> UpdateFacts:
+        """So far."""
+        counts = self.utilisation()
+        return UpdateFacts(
+            {name: int(counts[f"gradients_{name}"]) for name in ("produced", "taken", "applied")},
+            {unit.layout.name: Counter(seen) for unit, seen in zip(self._plan.units, self.staleness)},
+        )
+
     # As in the synchronous mode.
 
     def wait_for(self, unit: int) -> None:
-        """Returns when all gradients of a unit are applied; raises the first error of any update."""
+        """Returns when all gradients of a unit are applied; raises the first error of any update, and AngelPTMError
+        where a gradient of this step is among them that no step has taken."""
+        if self._open.get(unit):
+            raise AngelPTMError(
+                f"the gradients of unit {self._name(unit)} cannot all be applied now, since those of a step that has "
+                "not ended are among them. Call step() first, or give them up with optimizer.zero_grad()."
+            )
         start = time.perf_counter()
         self._applied(unit).wait(self._deadline_seconds)
         self.gate_seconds += time.perf_counter() - start

@@ -66,6 +66,8 @@ class Recording:
         }
         if tokens_per_step:
             self._recorder.facts["tokens_per_step"] = tokens_per_step
+        self._update = config.update
+        self._updates_before = parts.swept.facts() if parts.swept is not None else None
         native.Timeline.name_lane("engine")
         parts.residency.stall_listeners.append(self._stalled)
         hooks.timeline = self
@@ -139,6 +141,9 @@ class Recording:
         self._recorder.counter("device", used * page)
         self._recorder.counter("host", store.host_used_count * page)
         self._recorder.counter("ssd", store.slot_used_count * page)
+        if self._parts.swept is not None and self._updates_before is not None:
+            waiting = self._parts.swept.facts().since(self._updates_before)["gradients"]["waiting"]
+            self._recorder.counter("gradients waiting", waiting, unit="spans")
 
     # The end.
 
@@ -151,6 +156,12 @@ class Recording:
         self._parts.residency.stall_listeners.remove(self._stalled)
         self._hooks.timeline = None
         timeline = self._recorder.timeline(self._describe)
+        if self._parts.swept is not None and self._updates_before is not None:
+            timeline.facts["updates"] = {
+                "mode": self._update.mode,
+                "max_staleness": self._update.most_behind,
+                **self._parts.swept.facts().since(self._updates_before),
+            }
         if timeline.steps:
             timeline.facts["traffic_bytes"] = self._traffic(timeline)
             if tokens := timeline.facts.get("tokens_per_step"):

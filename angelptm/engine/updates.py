@@ -160,6 +160,9 @@ class Updates:
         assert self._updater is not None
         return self._updater.utilisation()
 
+    def prepare_close(self) -> None:
+        """To be called before the last ``drain``."""
+
     def close(self) -> None:
         """Stops the threads after the spans in flight and gives their frames back."""
         self._updater = None

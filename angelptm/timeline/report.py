@@ -13,6 +13,7 @@ from angelptm.timeline.figures import TIERS, Compared, Figures, median_seconds, 
 from angelptm.timeline.html import bar, page, paragraph, section, swatch, table, text
 from angelptm.timeline.reading import reading
 from angelptm.timeline.run_files import RunFiles, number
+from angelptm.timeline.updates import updates_section
 from angelptm.timeline.uses import trace_section
 
 FILE_NAME = "report.html"
@@ -45,6 +46,7 @@ def render_report(run: RunFiles, figures: Figures) -> str:
         ("roofline", "Time per phase against its roofline", _roofline(figures)),
         ("prediction", "Predicted against measured", _prediction(run, figures)),
         ("stalls", "Stalls by cause", _stalls(run, figures)),
+        ("updates", "Updates and staleness", updates_section(run, figures)),
         ("trace", "Trace", trace_section(run, figures)),
         ("reading", "How to read this", reading()),
     )

@@ -14,6 +14,7 @@ class RunResult:
     ``bytes`` holds ``read`` and ``written`` of each tier over all steps, evaluation not counted; ``peak_bytes`` the
     most that was in use of each tier, ``budget_bytes`` what was allowed. A resumed run's losses, times and bytes are
     those of all its parts, as the metrics have them; ``commit_seconds``: how long training stood still for each commit.
+    ``updates``: of this part, in the modes in which nothing waits for them (lagging.py).
     """
 
     model: str = ""
@@ -34,6 +35,7 @@ class RunResult:
     commits: int = 0
     commit_seconds: list[float] = field(default_factory=list)
     endurance: dict[str, float] = field(default_factory=dict)
+    updates: dict[str, Any] = field(default_factory=dict)
     config_hash: str = ""
     run_dir: str = ""
 

@@ -23,6 +23,7 @@ from angelptm.plan import plan_summary
 from angelptm.sizes import format_bytes
 from angelptm.train.endurance import drive_capacity_bytes, endurance
 from angelptm.train.folder import RunFolder
+from angelptm.train.lagging import Lagging
 from angelptm.train.progress import Reporter
 from angelptm.train.result import RunResult
 from angelptm.train.resume import choose_folders, go_on
@@ -189,6 +190,7 @@ def _steps(
     reporter.begin(config.training.steps)
     commit_seconds = 0.0
     recording: Recording | None = None
+    lagging = Lagging(engine) if config.update.is_swept else None
     first_recorded, recorded = _recorded_steps(engine.global_step, config)
     for step in range(engine.global_step + 1, config.training.steps + 1):
         if recorded and step == first_recorded:
@@ -212,6 +214,8 @@ def _steps(
             moved = _sum(moved, former_bytes)
         result.bytes = moved
         line = {"step": step, "loss": loss, "lr": lr, "grad_norm": engine.grad_norm, "seconds": seconds, "bytes": moved}
+        if lagging is not None:
+            line["updates"] = lagging.step()
         folder.record(line)
         scalars.step(line, _stalled_seconds(engine) - stalled)
         if step % config.training.log_every == 0 or step == config.training.steps:
@@ -239,6 +243,8 @@ def _steps(
         sum(result.step_seconds),
         drive_capacity_bytes(config.tiers.ssd),
     )
+    if lagging is not None:
+        result.updates = lagging.whole()
     result.phase_seconds = {name: seconds - phases_before[name] for name, seconds in engine.phase_seconds().items()}
     result.peak_bytes = engine.peak_bytes()
     result.activation_bytes = engine.activation_bytes
@@ -307,6 +313,7 @@ def _evaluate(engine: Engine, validation: TokenBatches | None, config: Config, r
     if validation is None:
         return None
     count = min(config.training.eval_batches, max(1, validation.sample_count // config.data.micro_batch_size))
+    engine.drain()  # where nothing waits for updates, the parameters have all gradients so far
     engine.module.eval()
     total = 0.0
     with torch.no_grad():
@@ -324,6 +331,7 @@ def _sample(engine: Engine, batches: TokenBatches, config: Config, reporter: Rep
     if config.training.sample_prompt is not None:
         prompt = torch.tensor([tokenizer.encode_text(config.training.sample_prompt)])
     longest = getattr(engine.module.config, "max_position_embeddings", None) or 2**31
+    engine.drain()
     engine.module.eval()
     with reporter.working("writing a sample"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)

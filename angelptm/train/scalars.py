@@ -69,6 +69,8 @@ class Scalars:
                 for way, size in both.items():
                     found[f"bytes/{tier}_{way}"] = size - self._bytes.get(tier, {}).get(way, 0)
             self._bytes = line["bytes"]
+        for key, value in line.get("updates", {}).items():
+            found[f"updates/{key}"] = value
         if stall_seconds is not None:
             found["speed/stall_seconds"] = stall_seconds
         if not found:

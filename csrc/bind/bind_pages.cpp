@@ -91,8 +91,9 @@ void bind_store(py::module_& module) {
            [](Store& store, const std::vector<PageId>& ids) {
              std::vector<std::pair<pages::Frame, std::uint32_t>> held;
              for (const PageId page : ids) {
-               if (store.table().info(page).home != Home::kHost)
-                 throw std::invalid_argument("a page that is held lives in the host tier");
+               const pages::PageInfo info = store.table().info(page);
+               if (info.home != Home::kHost || info.fixed != nullptr)
+                 throw std::invalid_argument("a page that is held lives in the host pool");
                const pages::HeldFrame now = store.table().hold(page);
                held.emplace_back(now.frame, now.version);
              }

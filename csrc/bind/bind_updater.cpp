@@ -105,6 +105,28 @@ void bind_sweep(py::module_& module, py::class_<Updater>& updater) {
             return counts;
           },
           py::arg("spans"))
+      .def("record", [](Updater& self) { self.sweep().record(); })
+      .def("recorded",
+           [](Updater& self) {
+             const update::Script script = self.sweep().recorded();
+             return std::make_pair(script.takes, script.uses);
+           })
+      .def(
+          "replay",
+          [](Updater& self, std::vector<Spans> takes, std::vector<Spans> uses) {
+            self.sweep().replay({std::move(takes), std::move(uses)});
+          },
+          py::arg("takes"), py::arg("uses"))
+      .def(
+          "end_replay", [](Updater& self) { self.sweep().end_replay(); }, Release())
+      .def(
+          "used",
+          [](Updater& self, const Spans& spans, const Spans& publishes) { self.sweep().used(spans, publishes); },
+          py::arg("spans"), py::arg("publishes"), Release())
+      .def(
+          "await_use",
+          [](Updater& self, const Spans& spans, const std::string& what) { self.sweep().await_use(spans, what); },
+          py::arg("spans"), py::arg("what"), Release())
       .def("set_position", [](Updater& self, std::uint32_t rank) { self.sweep().set_position(rank); }, py::arg("rank"));
 }
 

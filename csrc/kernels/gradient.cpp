@@ -29,7 +29,10 @@ GradStats LeafSums::stats() const {
 
 // Plain code: memory is what bounds it, in whatever vectors the compiler finds.
 void add_scaled(float* dst, float dst_scale, const float* src, float src_scale, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i) dst[i] = dst[i] * dst_scale + src[i] * src_scale;
+  if (src == nullptr)
+    for (std::size_t i = 0; i < count; ++i) dst[i] *= dst_scale;
+  else
+    for (std::size_t i = 0; i < count; ++i) dst[i] = dst[i] * dst_scale + src[i] * src_scale;
 }
 
 double tree_sum(const double* values, std::size_t count, std::uint64_t first_index) {

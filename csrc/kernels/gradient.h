@@ -29,7 +29,7 @@ constexpr std::size_t kBlock = 16384;
 GradStats accumulate(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::size_t count, bool add,
                      std::uint64_t first_element);
 
-// dst (count,) = dst * dst_scale + src * src_scale, without fused multiply-add.
+// dst (count,) = dst * dst_scale + src * src_scale, without fused multiply-add; without src, dst * dst_scale.
 void add_scaled(float* dst, float dst_scale, const float* src, float src_scale, std::size_t count);
 
 // The tree above the pages: values[i] is the node of the aligned group i of equal size. Also used for the leaves in

@@ -86,7 +86,16 @@ void Accumulators::leave(std::uint32_t span) {
   box.state.store(box.runs.empty() ? State::kEmpty : State::kFull);
 }
 
-void Accumulators::open(std::uint32_t span) { enter(span); }
+void Accumulators::open(std::uint32_t span) {
+  enter(span);
+  for (Run& run : boxes_[span].runs) {
+    if (run.scale == 1) continue;
+    for_pieces(run.start, run.count, [&](std::uint64_t page, std::uint64_t first, std::uint64_t part) {
+      kernels::add_scaled(grad(spans_[span].grad, page, first), static_cast<float>(run.scale), nullptr, 0, part);
+    });
+    run.scale = 1;
+  }
+}
 
 bool Accumulators::try_open_empty(std::uint32_t span) {
   State empty = State::kEmpty;
@@ -176,21 +185,18 @@ void Accumulators::add(std::uint32_t span_index, const std::vector<Segment>& seg
         box, segments, hypers, [](std::uint64_t, std::uint64_t, double scale, double) { return scale; },
         [](std::uint64_t, std::uint64_t) {});
   } else {
-    const auto at = [&](const std::vector<PageId>& pages, std::uint64_t page, std::uint64_t element) {
-      return reinterpret_cast<float*>(table_.address(table_.info(pages[page]))) + element;
-    };
     merge(
         box, segments, hypers,
         [&](std::uint64_t start, std::uint64_t count, double scale, double added) {
           for_pieces(start, count, [&](std::uint64_t page, std::uint64_t first, std::uint64_t part) {
-            kernels::add_scaled(at(span.grad, page, first), static_cast<float>(scale), at(span.step_grad, page, first),
-                                static_cast<float>(added), part);
+            kernels::add_scaled(grad(span.grad, page, first), static_cast<float>(scale),
+                                grad(span.step_grad, page, first), static_cast<float>(added), part);
           });
           return 1.0;
         },
         [&](std::uint64_t start, std::uint64_t count) {
           for_pieces(start, count, [&](std::uint64_t page, std::uint64_t first, std::uint64_t part) {
-            std::memcpy(at(span.grad, page, first), at(span.step_grad, page, first), part * sizeof(float));
+            std::memcpy(grad(span.grad, page, first), grad(span.step_grad, page, first), part * sizeof(float));
           });
         });
   }
@@ -198,7 +204,12 @@ void Accumulators::add(std::uint32_t span_index, const std::vector<Segment>& seg
   leave(span_index);
 }
 
-bool Accumulators::take(std::uint32_t span_index, pages::Frame* frames, Taken& taken) {
+float* Accumulators::grad(const std::vector<PageId>& pages, std::uint64_t page, std::uint64_t element) const {
+  return reinterpret_cast<float*>(table_.address(table_.info(pages[page]))) + element;
+}
+
+bool Accumulators::take(std::uint32_t span_index, pages::Frame* frames, Taken& taken,
+                        const std::function<void()>& note) {
   Box& box = boxes_[span_index];
   State full = State::kFull;
   if (!box.state.compare_exchange_strong(full, State::kBeingTaken)) return false;
@@ -208,6 +219,7 @@ bool Accumulators::take(std::uint32_t span_index, pages::Frame* frames, Taken& t
   const std::vector<Run> runs = std::move(box.runs);
   box.runs.clear();
   taken.gradients = box.gradients.exchange(0);
+  note();
   box.state.store(State::kEmpty);
   taken.segments.clear();
   taken.hypers.clear();

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -42,7 +43,7 @@ class Accumulators {
 
   // The computing thread's side.
 
-  // Takes the box; what it holds already stays in its pages, to be added to.
+  // Takes the box; what it holds already stays in its pages, to be added to: with a scale of 1.
   void open(std::uint32_t span);
   bool try_open_empty(std::uint32_t span);              // false where gradients wait in it
   std::vector<Range> ranges(std::uint32_t span) const;  // of a box that it holds
@@ -61,8 +62,8 @@ class Accumulators {
   bool is_empty(std::uint32_t span) const { return boxes_[span].state.load() == State::kEmpty; }
   std::uint32_t waiting(std::uint32_t span) const { return boxes_[span].gradients.load(); }
   // Takes what is in the box and leaves it empty; the span's GRAD pages get `frames`, and `frames` what they had.
-  // False, with nothing changed, where the box is not full.
-  bool take(std::uint32_t span, pages::Frame* frames, Taken& taken);
+  // `note` is called before anybody else can have the box. False, with nothing changed, where the box is not full.
+  bool take(std::uint32_t span, pages::Frame* frames, Taken& taken, const std::function<void()>& note);
 
  private:
   enum class State : std::uint8_t { kEmpty, kFull, kHeld, kBeingTaken };
@@ -82,6 +83,7 @@ class Accumulators {
   template <typename Both, typename New>
   void merge(Box& box, const std::vector<Segment>& segments, const std::vector<kernels::Hyper>& hypers,
              const Both& on_both, const New& on_new);
+  float* grad(const std::vector<PageId>& pages, std::uint64_t page, std::uint64_t element) const;
   template <typename Piece>
   void for_pieces(std::uint64_t start, std::uint64_t count, const Piece& piece) const;
 

@@ -63,6 +63,7 @@ void Sweep::wait(const Done& done, const std::string& what) {
 
 void Sweep::open(const std::vector<std::uint32_t>& spans) {
   rethrow_failure();
+  await_whole_taken(spans);
   for (const std::uint32_t span : spans) accumulators_.open(span);
 }
 
@@ -81,8 +82,69 @@ void Sweep::put_back(const std::vector<std::uint32_t>& spans) {
   if (on_gradients) on_gradients();  // what was there may be taken again
 }
 
+// Replayed: what is all of an update's gradients is taken before another one comes.
+void Sweep::await_whole_taken(const std::vector<std::uint32_t>& spans) {
+  if (!player_) return;
+  const auto is_left = [&](std::uint32_t span) {
+    const std::uint32_t waiting = accumulators_.waiting(span);
+    return waiting > 0 && player_->is_whole(span, waiting);
+  };
+  for (const std::uint32_t span : spans) {
+    if (!is_left(span)) continue;
+    player_->want(span);
+    if (on_gradients) on_gradients();
+    wait([&] { return !is_left(span); }, "the update of span " + std::to_string(span) + " that was recorded");
+  }
+}
+
+void Sweep::record() { recorder_ = std::make_unique<Recorder>(spans_.size()); }
+
+Script Sweep::recorded() const {
+  if (!recorder_) throw std::logic_error("nothing was recorded");
+  return recorder_->script();
+}
+
+void Sweep::replay(Script script) {
+  if (script.takes.size() != spans_.size() || script.uses.size() != spans_.size())
+    throw std::invalid_argument("what was recorded is of " + std::to_string(script.takes.size()) + " spans, not " +
+                                std::to_string(spans_.size()));
+  player_ = std::make_unique<Player>(std::move(script));
+}
+
+void Sweep::used(const std::vector<std::uint32_t>& spans, const std::vector<std::uint32_t>& publishes) {
+  for (std::size_t i = 0; i < spans.size(); ++i) {
+    if (recorder_) recorder_->used(spans[i], publishes[i]);
+    if (player_) player_->used(spans[i]);
+  }
+  if (player_ && on_gradients) on_gradients();  // more may be published
+}
+
+void Sweep::await_use(const std::vector<std::uint32_t>& spans, const std::string& what) {
+  if (!player_) return;
+  wait([&] { return std::all_of(spans.begin(), spans.end(), [&](auto span) { return player_->is_ready(span); }); },
+       what);
+}
+
+void Sweep::end_replay() {
+  if (player_) player_->end();
+  progressed();
+  if (on_gradients) on_gradients();
+}
+
+bool Sweep::may_take(std::uint32_t span) const {
+  if (!accumulators_.is_full(span)) return false;
+  return !player_ || player_->may_take(span, accumulators_.waiting(span));
+}
+
+bool Sweep::may_publish(std::uint32_t span) const { return !player_ || player_->may_publish(span); }
+
 void Sweep::hand_over(const std::vector<Piece>& pieces, const std::vector<kernels::Hyper>& hypers, bool from_step) {
   rethrow_failure();
+  if (from_step && player_) {
+    std::vector<std::uint32_t> spans;
+    for (const Piece& piece : pieces) spans.push_back(piece.span);
+    await_whole_taken(spans);
+  }
   for (const Piece& piece : pieces) {
     // Before the gradient can be taken, so that nobody sees more published than produced.
     tallies_[piece.span].produced.fetch_add(1);
@@ -133,7 +195,7 @@ std::optional<std::uint32_t> Sweep::next(const std::function<bool(std::uint32_t)
   std::uint64_t best_value = 0;
   for (std::uint32_t i = 0; i < count; ++i) {
     const std::uint32_t span = (cursor_ + i) % count;
-    if (!accumulators_.is_full(span) || !is_free(span)) continue;
+    if (!may_take(span) || !is_free(span)) continue;
     std::uint64_t value = 0;  // the highest is taken, and of equal ones the first
     if (options_.order == Order::kMostGradients) {
       value = accumulators_.waiting(span);
@@ -152,17 +214,22 @@ std::optional<std::uint32_t> Sweep::next(const std::function<bool(std::uint32_t)
 }
 
 bool Sweep::take(std::uint32_t span, pages::Frame* frames, Taken& taken) {
-  if (!accumulators_.take(span, frames, taken)) return false;
-  tallies_[span].taken.fetch_add(taken.gradients);
+  const bool took = accumulators_.take(span, frames, taken, [&] {
+    tallies_[span].taken.fetch_add(taken.gradients);
+    if (recorder_) recorder_->took(span, taken.gradients);
+    if (player_) player_->took(span);
+  });
+  if (!took) return false;
   progressed();  // for who waits for an empty box
   return true;
 }
 
-pages::Frame Sweep::publish(std::uint32_t span, pages::Frame frame, std::uint32_t gradients) {
-  const pages::Frame former = table_.publish_frame(spans_[span].param, frame);
+void Sweep::publish(std::uint32_t span, pages::Frame& frame, std::uint32_t gradients) {
+  frame = table_.publish_frame(spans_[span].param, frame);
   tallies_[span].published.fetch_add(gradients);
+  if (player_) player_->published(span);
   progressed();
-  return unread(former);
+  frame = unread(frame);
 }
 
 void Sweep::applied(std::uint32_t span, std::uint32_t gradients) {
@@ -170,8 +237,8 @@ void Sweep::applied(std::uint32_t span, std::uint32_t gradients) {
   progressed();
 }
 
-// There are as many spare frames as may be read at once, but for the moments in which a reader changes from one to
-// another: then this waits for it.
+// Where readers keep frames for long there is a spare one for each that they may keep. Where they only copy them there
+// are fewer, and this waits for a copy at most.
 pages::Frame Sweep::unread(pages::Frame frame) {
   const pages::HostPool& host = table_.host();
   if (host.readers(frame) == 0) return frame;
@@ -190,9 +257,12 @@ pages::Frame Sweep::unread(pages::Frame frame) {
         return other;
       }
     }
-    if (std::chrono::steady_clock::now() > deadline)
+    if (std::chrono::steady_clock::now() > deadline) {
+      std::lock_guard lock(frames_mutex_);
+      std::erase(retired_, frame);
       throw DeadlineError("waited " + std::to_string(deadline_seconds_) +
                           " s for a frame of former parameters that nobody reads");
+    }
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
 }

@@ -15,6 +15,7 @@
 
 #include "pages/page_table.h"
 #include "update/accumulators.h"
+#include "update/script.h"
 #include "update/span.h"
 
 namespace angelptm::update {
@@ -66,6 +67,19 @@ class Sweep {
   std::uint64_t produced(std::uint32_t span) const { return tallies_[span].produced.load(); }
   std::uint64_t published(std::uint32_t span) const { return tallies_[span].published.load(); }
   GradientCounts counts() const;
+  // What happened is noted from here on.
+  void record();
+  Script recorded() const;  // so far
+  // What happens from here on is what was recorded: the same gradients in each update, the same parameters in each use.
+  // Needs rings of more spans than there are threads. Before the first gradient.
+  void replay(Script script);
+  // The computing thread is about to use the parameters of the spans, and has held them: `publishes` of each so far.
+  void used(const std::vector<std::uint32_t>& spans, const std::vector<std::uint32_t>& publishes);
+  // Replayed: returns when the parameters that the recorded use had are published, and no later ones; they stay the
+  // newest until `used`.
+  void await_use(const std::vector<std::uint32_t>& spans, const std::string& what);
+  void end_replay();  // what is left of the script is forgotten
+  bool replays() const { return player_ != nullptr; }
   // Where the computing thread is, for kNextNeeded.
   void set_position(std::uint32_t rank) { position_.store(rank); }
   void rethrow_failure() const;
@@ -75,8 +89,11 @@ class Sweep {
   // The span to take up next, of those that `is_free`; none where no gradient waits.
   std::optional<std::uint32_t> next(const std::function<bool(std::uint32_t)>& is_free);
   bool take(std::uint32_t span, pages::Frame* frames, Taken& taken);
-  // Publishes parameters that have `gradients` more in them; returns a frame that nobody reads, for the next ones.
-  pages::Frame publish(std::uint32_t span, pages::Frame frame, std::uint32_t gradients);
+  // Whether what is waiting may be taken, or what was taken may be computed and published: always, but in a replay.
+  bool may_take(std::uint32_t span) const;
+  bool may_publish(std::uint32_t span) const;
+  // Publishes parameters that have `gradients` more in them; `frame` is one that nobody reads then, for the next ones.
+  void publish(std::uint32_t span, pages::Frame& frame, std::uint32_t gradients);
   void applied(std::uint32_t span, std::uint32_t gradients);
   void fail(const std::exception_ptr& error);  // tells those who wait
   std::function<void()> on_gradients;          // called after gradients were handed over
@@ -86,6 +103,7 @@ class Sweep {
     std::atomic<std::uint64_t> produced{0}, taken{0}, published{0}, applied{0};
   };
   void progressed();
+  void await_whole_taken(const std::vector<std::uint32_t>& spans);
   template <typename Done>
   void wait(const Done& done, const std::string& what);
   pages::Frame unread(pages::Frame frame);
@@ -101,6 +119,8 @@ class Sweep {
   mutable std::mutex mutex_;
   std::condition_variable progress_;
   std::exception_ptr failed_;  // guarded by mutex_
+  std::unique_ptr<Recorder> recorder_;
+  std::unique_ptr<Player> player_;
   std::mutex frames_mutex_;
   std::vector<pages::Frame> retired_;  // perhaps still read; guarded by frames_mutex_
 };

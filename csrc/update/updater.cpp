@@ -130,6 +130,7 @@ void Updater::stop() {
     std::lock_guard lock(mutex_);
     stopping_ = true;
   }
+  if (sweep_) sweep_->end_replay();  // what was taken and waits for its use is published
   arrived_.notify_all();
   for (std::thread& thread : threads_) thread.join();
 }
@@ -179,7 +180,9 @@ void Updater::hand_over(const std::vector<Sweep::Piece>& pieces, const std::vect
                         bool from_step) {
   for (const Sweep::Piece& piece : pieces) {
     expect_valid({piece.span, piece.segments}, spans_, hypers);
-    if (piece.segments.empty()) throw std::invalid_argument("a gradient that is handed over has elements");
+    if (piece.segments.empty() || std::any_of(piece.segments.begin(), piece.segments.end(),
+                                              [](const Segment& segment) { return segment.count == 0; }))
+      throw std::invalid_argument("a gradient that is handed over has elements, and so has each part of it");
     if (from_step && spans_[piece.span].step_grad.empty())
       throw std::invalid_argument("span " + std::to_string(piece.span) + " has no pages for a step's gradient");
   }

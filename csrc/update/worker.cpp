@@ -48,13 +48,14 @@ std::size_t Updater::Worker::ahead_count() const {
 
 bool Updater::Worker::may_compute(const Flight& flight) const {
   if (flight.stage != Flight::Stage::kReady) return false;
-  return flight.task.batch != nullptr || (updater_.sweep_ && updater_.sweep_->accumulators().is_full(flight.span));
+  if (!updater_.sweep_) return flight.task.batch != nullptr;
+  return flight.task.batch ? updater_.sweep_->may_publish(flight.span) : updater_.sweep_->may_take(flight.span);
 }
 
 Updater::Flight* Updater::Worker::soonest(Flight::Stage stage) {
   Flight* found = nullptr;
   for (Flight& flight : flights_)
-    if (flight.stage == stage && flight.task.batch &&
+    if (flight.stage == stage && flight.task.batch && (stage != Flight::Stage::kReady || may_compute(flight)) &&
         (found == nullptr || flight.task.batch->rank < found->task.batch->rank))
       found = &flight;
   return found;
@@ -71,7 +72,7 @@ bool Updater::Worker::drop_ahead(Lock&) {
   for (Flight& flight : flights_) {
     SpanState& state = updater_.states_[flight.span];
     if (!flight.ahead() || flight.stage != Flight::Stage::kReady || state.expected_in == updater_.epoch_) continue;
-    if (may_compute(flight)) continue;
+    if (updater_.sweep_ && updater_.sweep_->accumulators().waiting(flight.span) > 0) continue;
     flight.stage = Flight::Stage::kIdle;
     flight.error = nullptr;
     state.holder = kNobody;
@@ -138,7 +139,7 @@ bool Updater::Worker::start_ahead(Flight& flight, Lock& lock) {
   auto& expected = updater_.expected_;
   std::optional<std::uint32_t> span;
   if (updater_.sweep_) span = updater_.sweep_->next(is_free);
-  if (!span && ahead_count() + 1 < flights_.size())
+  if (!span && ahead_count() + 1 < flights_.size() && !(updater_.sweep_ && updater_.sweep_->replays()))
     if (const auto next = std::find_if(expected.begin(), expected.end(), is_free); next != expected.end()) span = *next;
   if (!span) return false;
   if (const auto found = std::find(expected.begin(), expected.end(), *span); found != expected.end())
@@ -298,6 +299,7 @@ bool Updater::Worker::compute_one() {
       return one.stage == Flight::Stage::kReady && may_compute(one);
     });
     if (found == flights_.end() || !take_gradients(*found)) return false;
+    if (!may_compute(*found)) return true;  // in a replay: the computing thread uses the former parameters first
     flight = &*found;
   }
   if (flight == nullptr) return false;
@@ -392,8 +394,7 @@ void Updater::Worker::compute(Flight& flight) {
 // the states are written too, so that an error leaves both as they were.
 void Updater::Worker::publish_param(Flight& flight) {
   if (updater_.sweep_) {
-    Frame& own = flight.frames[flight.param_frame];
-    own = updater_.sweep_->publish(flight.span, own, flight.task.gradients);
+    updater_.sweep_->publish(flight.span, flight.frames[flight.param_frame], flight.task.gradients);
     flight.published = true;
     return;
   }

@@ -14,7 +14,9 @@ from angelptm.timeline.run_files import read_run
 from .browser import Browser, find_chromium
 from .runs import make_run, make_ugly_run
 
-SECTIONS = ["summary", "timeline", "occupancy", "traffic", "roofline", "prediction", "stalls", "trace", "reading"]
+SECTIONS = [
+    "summary", "timeline", "occupancy", "traffic", "roofline", "prediction", "stalls", "updates", "trace", "reading",
+]  # fmt: skip
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no chromium; on Debian: apt-get install chromium")
 
 

@@ -43,6 +43,14 @@ class Update(Section):
     order: Literal["auto", "round_robin", "most_gradients", "next_needed"] = Field(
         default="auto", description="Which span is updated next in the modes bounded and lock_free. auto: round_robin."
     )
+    record: UserPath | None = Field(
+        default=None,
+        description="Modes bounded and lock_free: a file that gets, at the end, which gradients each update took and "
+        "which parameters each step computed with.",
+    )
+    replay: UserPath | None = Field(
+        default=None, description="Does what such a file recorded, bit by bit: to debug. Slower, as it waits for it."
+    )
     threads: CountOrAuto = Field(default="auto", description="Updating threads. auto: from the cores available.")
     ring_depth: CountOrAuto = Field(default="auto", description="Spans in flight per updating thread.")
 
@@ -52,7 +60,14 @@ class Update(Section):
         return "lock_free" if value == "lock-free" else value
 
     @model_validator(mode="after")
-    def _staleness_is_bounded(self) -> Self:
+    def _belongs_to_the_mode(self) -> Self:
+        for name in ("record", "replay"):
+            if getattr(self, name) is not None and not self.is_swept:
+                raise expected(
+                    "null with update.mode: sync, in which nothing depends on timing",
+                    key=f"update.{name}",
+                    value=str(getattr(self, name)),
+                )
         if self.max_staleness is not None and self.mode != "bounded":
             raise expected(
                 f"null with update.mode: {self.mode}",

@@ -1,301 +1,427 @@
-/* The protocol of the bounded and lock-free update modes, for exhaustive search with spin, before the code: how the
- * computing thread hands over gradients, how updating threads claim spans and publish parameter pages, how a commit cuts
- * through both, and the gate of bounded mode.
+/* The protocol of the bounded and lock-free update modes, as csrc/update and csrc/pages have it, for exhaustive search
+ * with spin: the boxes of gradients, workers that claim spans, take and publish, parameters that are held while new
+ * ones come, the gate of bounded mode, a commit and the drain. Functions and variables are named after the code's.
  *
- * Every statement, `atomic` and `d_step` is one indivisible operation of the code; between any two of them everything
- * else may happen. What an accumulator or a page holds is told by a count of gradients; a page has two halves, written
- * one after the other, so that who reads a page in the making sees halves that differ.
+ * A statement, `atomic` or `d_step` is one indivisible operation of the code, with what only its own thread touches
+ * just then; between any two of them everything else may happen. Where a mutex is taken or let go of, that goes with
+ * the access next to it; all atomics are sequentially consistent, there as here. What accumulators, states and pages
+ * hold is told by the set of the gradients in it, one bit for each step, of which there are 7 at most. Each worker has
+ * a ring of one span, and each span is a unit of its own. Errors and put_back are left out.
  *
- * Checked: no gradient is lost or applied twice, no page is torn or reused while it is read, staleness is at most
- * BOUND, a commit has each gradient up to its cut once, and (by spin itself) nobody waits for ever.
+ * Checked: no gradient is lost or applied twice; no page is torn or written to while it is read; forward and backward
+ * compute with the same content, which lacks at most BOUND gradients; a commit holds exactly the gradients up to its
+ * cut; a publisher never waits for a reader; and (by spin itself) nobody waits for ever.
  *
- *     spin -a -DBOUND=1 -DSTEPS=2 protocol.pml && cc -O2 -DSAFETY -DCOLLAPSE -o pan pan.c && ./pan -m200000
+ *     spin -a protocol.pml && cc -O2 -DSAFETY -DCOLLAPSE -o pan pan.c && ./pan -w24
  *
- * That is some 20 million states, 1.1 GB and half a minute. Without the `atomic` around the exchange of a box it ends in
- * a wait for a gradient that was lost.
+ * That is 6.6 million states, 0.4 GB and half a minute. Larger: -DBOUND=2 (8.6 million), or
+ * -DWORKERS=1 -DSTEPS=4 -DBOUND=1 (17.3 million), or -DSTEPS=3 -DBOUND=1 -DCUT=0 (17.7 million, 0.9 GB, a minute and a
+ * half). Smaller ones, and every BREAK, are searched by tests/update/test_protocol.py.
  */
 
 #ifndef SPANS
 #define SPANS 2
 #endif
 #ifndef WORKERS
-#define WORKERS 2
+#define WORKERS 2 /* 1 or 2 */
 #endif
 #ifndef STEPS
-#define STEPS 3
+#define STEPS 2
 #endif
 #ifndef BOUND
-#define BOUND 1 /* STEPS: no gate, as in lock-free mode */
+#define BOUND 0 /* STEPS: no gate, as in lock-free mode */
 #endif
 #ifndef CUT
 #define CUT 1 /* the step after which a commit is made; 0: none */
 #endif
+#ifndef OPEN_EMPTY
+#define OPEN_EMPTY 0 /* 1: a box is opened when no gradient is left in it, as outside engine.backward */
+#endif
 
-/* What the plan counts: a page and a former one that the step reads, for each span, and one in the making per worker. */
-#define FRAMES (2 * SPANS + WORKERS)
+/* One deliberate fault, which the search has to find:
+ *  1  a worker reads an accumulator and then clears it, without having the box
+ *  2  a publisher reuses the former frame without a look at its readers
+ *  3  a reader does not look at the page's word again after it has counted itself
+ *  4  a gradient is counted as produced when it can be taken already
+ *  5  the gate holds a frame first and then reads what is published
+ *  6  the updater's threads are notified without its mutex
+ *  7  the computing thread opens a box without having captured the span for the commit
+ *  8  those who wait for progress are notified without the sweep's mutex
+ *  9  there is no spare frame for parameters that are read while new ones come
+ * 10  the computing thread waits for a span's updates while it has the box
+ * 11  a worker claims a span that another one has
+ * 12  an update is counted as published before it is
+ * 13  an update is counted as applied before its states are written
+ * 14  a publisher looks at the readers before it changes the page's word, and not after */
+#ifndef BREAK
+#define BREAK 0
+#endif
+
+/* What the plan counts: the pages' own, one in the making for each ring slot, and as many spare ones as are read. */
+#if BREAK == 9
+#define SPARE 0
+#else
+#define SPARE SPANS
+#endif
+#define FRAMES (SPANS + WORKERS + SPARE)
 #define NONE 255
+#define FIRST(count) ((1 << (count)) - 1) /* the gradients of so many steps */
 
-/* Boxes of accumulators, one atomic pointer each. NONE: there is none, or somebody has taken it out. */
-byte box[SPANS];
-byte produced[SPANS];  /* gradients handed over: by the computing thread */
-byte published[SPANS]; /* gradients that the published page has in it */
-byte applied[SPANS];   /* the states: gradients that they have in them */
+/* Accumulators: a box for each span. */
+mtype = { EMPTY, FULL, HELD, BEING_TAKEN };
+mtype state[SPANS] = EMPTY;
+byte sum[SPANS]; /* what lies in the GRAD pages */
+byte gradients[SPANS];
 
-/* The updater's mutex guards `claimed` and `asleep`, nothing else. */
+/* Sweep: a tally for each span, and those who wait for progress: the computing thread and the commit's. */
+byte produced[SPANS];
+byte published[SPANS];
+byte applied[SPANS];
+bit sweep_mutex;
+bit waits[2];
+
+/* Updater: the mutex guards what follows it. A span is claimed from when it has a holder until it is open no more. */
 bit mutex;
 bit claimed[SPANS];
 bit asleep[WORKERS];
 bit stopping;
+byte states[SPANS];
 
-/* A page's word is frame and version, in one atomic. */
-byte frame_of[SPANS];
-byte version_of[SPANS];
-byte references[FRAMES];
-bit unused[FRAMES];  /* in the pool */
-bit retired[FRAMES]; /* former content: unused as soon as nobody reads it */
-byte low[FRAMES];
+/* PageTable and HostPool: a page's word is frame and version, which says here what the content should be. */
+byte frame[SPANS];
+byte version[SPANS];
+byte readers[FRAMES];
+bit unused[FRAMES];  /* of a ring slot that computes nothing now */
+bit retired[FRAMES]; /* former parameters, perhaps still read */
+byte low[FRAMES];    /* content: two halves, written one after the other; NONE: may be written to any time */
 byte high[FRAMES];
 
-byte cut[SPANS];     /* gradients handed over when the commit began */
-bit saved[SPANS];    /* the commit has the span */
 bit committing;
+bit saved[SPANS]; /* the commit has the span */
 
-inline lock() { atomic { mutex == 0 -> mutex = 1 } }
-inline unlock() { mutex = 0 }
-
-inline wake_workers()
+/* Through the mutex: a thread that has seen nothing to do and has it goes to sleep first, and is woken. */
+inline on_gradients()
 {
-    lock();
     d_step {
-        asleep[0] = 0;
-#if WORKERS > 1
-        asleep[1] = 0;
+#if BREAK != 6
+        mutex == 0;
 #endif
+        notify_workers()
     }
-    unlock()
 }
 
-/* A frame for the next content: from the pool, or a retired one without readers. Publishers share a lock for it. */
-inline take_spare(out)
+inline notify_workers()
+{
+    asleep[0] = 0;
+    asleep[WORKERS - 1] = 0
+}
+
+inline progressed()
 {
     d_step {
-        out = NONE;
-        f = 0;
-        do
-        :: f < FRAMES && out == NONE && (unused[f] || (retired[f] && references[f] == 0)) ->
-            out = f;
-            unused[f] = 0;
-            retired[f] = 0;
-            f++
-        :: f < FRAMES && !(out == NONE && (unused[f] || (retired[f] && references[f] == 0))) -> f++
-        :: f == FRAMES -> break
-        od;
-        f = 0
-    };
-    assert(out != NONE);
-    assert(out != frame_of[0]);
-#if SPANS > 1
-    assert(out != frame_of[1]);
+#if BREAK != 8
+        sweep_mutex == 0;
 #endif
+        waits[0] = 0;
+        waits[1] = 0
+    }
 }
 
-proctype Updater(byte me)
+/* Sweep::wait. To see that it is not `done` and to go to sleep are two operations under the mutex. */
+inline wait(me, done)
 {
-    byte span, taken, mine, former, f;
-    bit found;
-
-sweep:
-    lock();
-    found = 0;
-    span = 0;
     do
-    :: span < SPANS ->
-        if
-        :: !claimed[span] && box[span] != NONE -> /* one read of the box; it may be empty by the next */
-            if
-            :: found = 1; break /* any order of the sweep */
-            :: span++
-            fi
-        :: else -> span++
-        fi
-    :: span == SPANS -> break
-    od;
-    if
-    :: found -> claimed[span] = 1; unlock()
-    :: !found ->
-        /* Nothing, unless it was passed over: then once more. */
-        d_step {
-            span = 0;
-            do
-            :: span < SPANS && !found -> found = (!claimed[span] && box[span] != NONE); span++
-            :: else -> break
-            od
-        };
-        if
-        :: found -> unlock(); goto sweep
-        :: else
-        fi;
-        if
-        :: stopping -> unlock(); goto end
-        :: else -> atomic { asleep[me] = 1; mutex = 0 }
-        fi;
-        asleep[me] == 0; /* a condition variable */
-        goto sweep
-    fi;
+    :: atomic { sweep_mutex == 0 && (done) -> break }
+    :: d_step { sweep_mutex == 0 && !(done) -> sweep_mutex = 1 };
+        d_step { waits[me] = 1; sweep_mutex = 0 };
+        waits[me] == 0
+    od
+}
 
-    atomic { taken = box[span]; box[span] = NONE };
+/* `own` becomes a frame that nobody reads: with as many spare ones as there may be readers there always is one. What
+ * the code waits for is a reader that goes from one frame to another while these are looked at one by one. */
+inline unread()
+{
     if
-    :: taken == NONE -> skip
+    :: BREAK == 2 || looked || readers[own] == 0 -> looked = 0
     :: else ->
-        applied[span] = applied[span] + taken; /* reads, computes, writes: nobody else has the span */
-        take_spare(mine);
-        low[mine] = applied[span];
-        high[mine] = applied[span];
-        atomic { former = frame_of[span]; frame_of[span] = mine; version_of[span] = applied[span] };
-        retired[former] = 1;
-        published[span] = applied[span]
+        retired[own] = 1;
+        own = 0;
+        do
+        :: own < FRAMES && !(retired[own] && readers[own] == 0) -> own++
+        :: else -> break
+        od;
+        assert(own < FRAMES);
+        retired[own] = 0
+    fi
+}
+
+#define IS_FREE(span) (!claimed[span] || BREAK == 11)
+
+proctype Worker(byte me)
+{
+    byte span = NONE, left, has, taken, count, own;
+    bit looked; /* BREAK 14: no readers, too early */
+
+take_work:
+    if
+    :: atomic { mutex == 0 && stopping -> goto end }
+    :: atomic { mutex == 0 && !stopping && span != NONE && state[span] == FULL -> goto compute_one }
+    :: d_step { mutex == 0 && !stopping && span != NONE && state[span] != FULL -> mutex = 1 };
+        if
+        :: goto wait_arrived /* the span is expected, and stays */
+        :: d_step { claimed[span] = 0; span = NONE; has = 0 } /* drop_ahead */
+        fi
+    :: d_step { mutex == 0 && !stopping && span == NONE -> mutex = 1 }
     fi;
-    lock();
-    claimed[span] = 0;
-    /* Others may have passed the span over meanwhile, and the commit may wait for it. */
-    d_step {
-        asleep[0] = 0;
-#if WORKERS > 1
-        asleep[1] = 0;
+    /* Sweep::next: in any order, one box after the other. */
+    atomic { left = SPANS; select(span : 0 .. SPANS - 1) };
+    do
+    :: atomic {
+            left > 0 && state[span] == FULL && IS_FREE(span) ->
+            claimed[span] = 1;
+            left = 0;
+            has = states[span]; /* start: nobody writes to them meanwhile */
+            mutex = 0;
+            goto compute_one
+        }
+    :: d_step { left > 0 && !(state[span] == FULL && IS_FREE(span)) -> left--; span = (span + 1) % SPANS }
+    :: atomic { left == 0 -> span = NONE; break }
+    od;
+wait_arrived:
+    atomic { asleep[me] = 1; mutex = 0 };
+    atomic { asleep[me] == 0 -> goto take_work };
+
+compute_one:
+    /* Accumulators::take. */
+#if BREAK == 1
+    if
+    :: d_step { state[span] == FULL -> taken = sum[span]; count = gradients[span] }
+    :: atomic { state[span] != FULL -> goto take_work }
+    fi;
+    d_step { state[span] == FULL -> sum[span] = 0; gradients[span] = 0; state[span] = EMPTY };
+#else
+    if
+    :: d_step {
+            state[span] == FULL ->
+            state[span] = BEING_TAKEN;
+            taken = sum[span];
+            sum[span] = 0;
+            count = gradients[span];
+            gradients[span] = 0
+        }
+    :: atomic { state[span] != FULL -> goto take_work }
+    fi;
+    state[span] = EMPTY;
 #endif
-    }
-    unlock();
-    goto sweep;
+    progressed(); /* sooner for who waits for an empty box, whom what follows would wake too */
+    /* compute, into a frame of its own: any, since it is all the same whose slot of a ring it belongs to. */
+    d_step {
+        assert((has & taken) == 0);
+        has = has | taken;
+        taken = 0;
+        do
+        :: !unused[own] -> own++
+        :: else -> break
+        od;
+        unused[own] = 0;
+        low[own] = has
+    };
+    high[own] = has;
+#if BREAK == 12
+    published[span] = published[span] + count;
+#endif
+#if BREAK == 14
+    looked = (readers[frame[span]] == 0);
+#endif
+    /* Sweep::publish; from here on `own` is the former frame. */
+    d_step {
+        left = frame[span];
+        frame[span] = own;
+        version[span] = has;
+        own = left;
+        left = 0
+    };
+#if BREAK != 12
+    published[span] = published[span] + count;
+#endif
+    progressed();
+    d_step {
+        assert(published[span] <= produced[span]);
+        unread();
+        unused[own] = 1;
+        low[own] = NONE;
+        high[own] = NONE;
+        own = 0
+    };
+#if BREAK == 13
+    applied[span] = applied[span] + count;
+    progressed();
+#endif
+    d_step { mutex == 0 -> states[span] = has; claimed[span] = 0; has = 0 }; /* write, and finish */
+#if BREAK != 13
+    applied[span] = applied[span] + count;
+    progressed();
+#endif
+    atomic { count = 0; span = NONE; notify_workers(); goto take_work };
 end:
     skip
 }
 
+/* Whoever comes first has the commit's lock. */
+inline capture(me)
+{
+    wait(me, applied[span] >= CUT);
+    atomic {
+        assert(saved[span] || states[span] == FIRST(CUT));
+        assert(saved[span] || (low[frame[span]] == FIRST(CUT) && high[frame[span]] == FIRST(CUT)));
+        saved[span] = 1
+    }
+}
+
 proctype Commit()
 {
-    byte span, kept;
-    span = 0;
+    byte span;
+
     do
-    :: span < SPANS ->
-        /* Its update is over and no other begins. */
-        do
-        :: lock();
-            if
-            :: !claimed[span] -> claimed[span] = 1; unlock(); break
-            :: else -> unlock(); !claimed[span]
-            fi
-        od;
-        atomic { kept = box[span]; box[span] = NONE };
-        /* States by reference, the accumulator by a copy. */
-        if
-        :: kept == NONE -> assert(applied[span] == cut[span])
-        :: else -> assert(applied[span] + kept == cut[span]); box[span] = kept
-        fi;
-        saved[span] = 1;
-        lock();
-        claimed[span] = 0;
-        unlock();
-        wake_workers();
-        span++
-    :: span == SPANS -> break
+    :: span < SPANS -> capture(1); span++
+    :: else -> break
     od;
     committing = 0
 }
 
+inline hold()
+{
+    do
+    :: d_step { held[span] = frame[span]; content[span] = version[span] };
+        readers[held[span]]++;
+        if
+        :: BREAK == 3 || (frame[span] == held[span] && version[span] == content[span]) -> break
+        :: else -> release()
+        fi
+    od
+}
+
+inline release() { d_step { readers[held[span]]--; held[span] = 0; content[span] = 0 } }
+
+inline open()
+{
+#if OPEN_EMPTY
+    wait(0, state[span] == EMPTY);
+    state[span] = HELD
+#else
+    atomic { state[span] == EMPTY || state[span] == FULL -> state[span] = HELD }
+#endif
+}
+
 proctype Computing()
 {
-    byte step, span, held[SPANS], version[SPANS], mine;
-    step = 1;
+    byte step = 1, span, seen;
+    byte held[SPANS], content[SPANS]; /* HeldFrame: frame and version */
+
     do
     :: step > STEPS -> break
     :: else ->
-        /* forward */
-        span = 0;
+        /* Forward. */
         do
-        :: span == SPANS -> break
-        :: else ->
-            produced[span] - published[span] <= BOUND; /* the gate */
-            do
-            :: atomic { held[span] = frame_of[span]; version[span] = version_of[span] };
-                references[held[span]]++;
-                if
-                :: atomic { frame_of[span] == held[span] && version_of[span] == version[span] -> break }
-                :: else -> references[held[span]]--
-                fi
-            od;
-            assert(low[held[span]] == version[span]);
-            assert(high[held[span]] == version[span]);
-            assert(produced[span] - version[span] <= BOUND);
-            span++
-        od;
-        /* backward */
-        do
-        :: span == 0 -> break
-        :: else ->
-            span--;
-            assert(low[held[span]] == version[span]); /* the same content as in forward */
-            assert(high[held[span]] == version[span]);
-            references[held[span]]--;
-            !committing || saved[span]; /* the cut has it */
-            atomic { mine = box[span]; box[span] = NONE };
+        :: span < SPANS ->
+#if BREAK == 5
+            hold();
+            seen = published[span];
+#else
+            seen = published[span];
+            hold();
+#endif
             if
-            :: mine == NONE -> mine = 0
+            :: produced[span] - seen <= BOUND
+            :: else ->
+                wait(0, produced[span] - published[span] <= BOUND); /* it still holds the former ones */
+                release();
+                hold()
+            fi;
+            seen = 0;
+            atomic {
+                assert(low[held[span]] == content[span] && high[held[span]] == content[span]);
+                assert(((FIRST(produced[span]) >> BOUND) & ~content[span]) == 0);
+                span++
+            }
+        :: else -> break
+        od;
+        /* Backward, in the other direction. */
+        do
+        :: span > 0 ->
+            span--;
+            assert(low[held[span]] == content[span] && high[held[span]] == content[span]);
+            release();
+#if BREAK == 10
+            open();
+#endif
+#if CUT && BREAK != 7
+            if
+            :: step == CUT + 1 -> capture(0)
             :: else
             fi;
-            mine++; /* adds the gradient */
-            produced[span]++;
-            assert(box[span] == NONE);
-            box[span] = mine;
-            wake_workers()
-        od;
-        if
-        :: step == CUT ->
-            d_step {
-                cut[0] = produced[0];
-#if SPANS > 1
-                cut[1] = produced[1];
 #endif
-                committing = 1
-            };
-            run Commit()
+#if BREAK != 10
+            open();
+#endif
+            /* The gradient goes to the pages, and Sweep::hand_over follows. */
+            sum[span] = sum[span] | (1 << (step - 1));
+#if BREAK != 4
+            produced[span]++;
+#endif
+            d_step { gradients[span]++; state[span] = FULL };
+#if BREAK == 4
+            produced[span]++;
+#endif
+            on_gradients()
+        :: else -> break
+        od;
+#if CUT
+        if
+        :: step == CUT -> committing = 1; run Commit()
         :: else
         fi;
+#endif
         step++
     od;
-    /* drain */
-    !committing;
-    span = 0;
+    /* The drain. */
     do
-    :: span == SPANS -> break
-    :: else ->
-        published[span] == produced[span];
-        assert(produced[span] == STEPS);
-        assert(applied[span] == STEPS);
-        assert(box[span] == NONE);
+    :: span < SPANS ->
+        wait(0, applied[span] == produced[span]);
+        assert(states[span] == FIRST(STEPS) && state[span] == EMPTY);
         span++
+    :: else -> break
     od;
-    stopping = 1;
-    wake_workers()
+    committing == 0;
+    d_step { mutex == 0 -> stopping = 1; notify_workers() }
 }
 
 init
 {
     byte i;
+
     d_step {
-        i = 0;
         do
-        :: i < SPANS -> box[i] = NONE; frame_of[i] = i; i++
+        :: i < FRAMES ->
+            if
+            :: i < SPANS -> frame[i] = i
+            :: else ->
+                unused[i] = (i < SPANS + WORKERS);
+                retired[i] = !unused[i];
+                low[i] = NONE;
+                high[i] = NONE
+            fi;
+            i++
         :: else -> break
         od;
-        do
-        :: i < FRAMES -> unused[i] = 1; i++
-        :: else -> break
-        od
+        i = 0
     };
     atomic {
         run Computing();
-        run Updater(0);
+        run Worker(0);
 #if WORKERS > 1
-        run Updater(1)
+        run Worker(1)
 #endif
     }
 }
