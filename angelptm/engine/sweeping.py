@@ -102,7 +102,7 @@ class SweptUpdates(Updates):
         self.most_behind = update.most_behind
         """Steps whose gradients the parameters that compute may lack; None for any number."""
         self._spans = [list(range(first, first + len(unit.spans))) for first, unit in zip(self._first_span, plan.units)]
-        self._params = [[span.param for span in unit.spans if span.param is not None] for unit in pages]
+        self._first_versions: dict[int, tuple[int, ...]] = {}  # unit → of its pages, before any update
         self._events = self._open_events(update)
         self._open: dict[int, bool] = {}  # unit → whether gradients of earlier steps were in its accumulators
         self.staleness: list[Counter[int]] = [Counter() for _ in plan.units]
@@ -124,7 +124,6 @@ class SweptUpdates(Updates):
             self._updater.replay(recorded.takes, recorded.uses)
         if update.record is not None:
             self._updater.record()
-            self._first_versions = [[self._store.page_version(page) for page in pages] for pages in self._params]
             events = UpdateEvents(update.record, [len(spans) for spans in self._spans])
         self.replays = update.replay is not None
         """Whether each use waits for the parameters that the recorded one had."""
@@ -219,8 +218,10 @@ class SweptUpdates(Updates):
         if self._updater is not None and (self.replays or self._events is not None):
             publishes = list[int]()
             if self._events is not None:
-                publishes = [now - first for now, first in zip(held.versions, self._first_versions[unit])]
-            self._updater.used(self._spans[unit], publishes or [0] * len(self._spans[unit]))
+                first = self._first_versions.setdefault(unit, held.versions)
+                publishes = [now - before for now, before in zip(held.versions, first)]
+            spans = self._spans[unit]
+            self._updater.used(spans, publishes[: len(spans)] or [0] * len(spans))
 
     def release(self, frames: Sequence[int]) -> None:
         self._store.release_held(frames)
@@ -289,7 +290,7 @@ class SweptUpdates(Updates):
         return {unit: applied for unit, applied in waiting.items() if not applied.done()}
 
     def drain(self) -> None:
-        for unit in range(len(self._spans)):
+        for unit in range(len(self._spans)) if self._updater is not None else ():
             self.wait_for(unit)
 
     def _applied(self, unit: int) -> _Applied:
