@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Paged:
             "activation_bytes": engine.activation_bytes,
             "notes": engine.notes(),
             "prediction": prediction() if prediction is not None else None,
+            "staleness": _summed(engine.staleness()),
+            "gradients": engine.gradient_counts(),
         }
 
     def counters(self) -> dict[str, Any]:
@@ -82,6 +85,14 @@ class Paged:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _summed(staleness: list[dict[int, int]]) -> dict[str, int]:
+    """Of all units: gradients lacking → uses."""
+    total: Counter[int] = Counter()
+    for own in staleness:
+        total.update(own)
+    return {str(lag): count for lag, count in sorted(total.items())}
 
 
 def config_problem(config: dict[str, Any]) -> str | None:

@@ -92,6 +92,7 @@ def _case(
         found["of_memory_ceiling"] = rate / ceilings["memory_bytes_per_s"]["median"]
         found["phase_seconds"] = _per_step(one, lambda reply: reply["counters"]["phase_seconds"])
     baseline = resident.get(one.case.clip)
+    found["limit_seconds"] = None  # of the cases that the others are held against
     if one.case.kind != "resident" and baseline is not None:
         found["torch_step_seconds"] = baseline
         found["limit_seconds"] = max(baseline, drive_seconds)
