@@ -29,6 +29,7 @@ def updates_section(run: RunFiles, figures: Figures) -> Iterable[str]:
     yield paragraph(
         f"Mode {mode}: how many of a unit's gradients the parameters that a step computed with lacked; {limit}."
     )
+    yield paragraph("What was predicted above is a step that waits for its updates, as in mode sync.", "soft")
     staleness = _histograms(facts.get("staleness"))
     if staleness:
         yield _staleness_table(staleness)

@@ -176,8 +176,8 @@ def summary(name: str, replies: list[dict[str, Any]], untimed: int) -> dict[str,
 def show(found: dict[str, Any]) -> None:
     work = found["work"]
     title = (
-        f"{work['preset']}, {work['parameters'] / 1e6:.1f} M parameters, {work['precision']}, {work['sequence']} tokens "
-        f"a step, {found['rounds']} rounds of {found['timed']} steps"
+        f"{work['preset']}, {work['parameters'] / 1e6:.1f} M parameters, {work['precision']}, {work['sequence']} "
+        f"tokens a step, {found['rounds']} rounds of {found['timed']} steps"
     )
     table = Table(title=title)
     for heading in (
