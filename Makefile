@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP_FILES := $(NATIVE_SOURCES)
 
-.PHONY: help setup demo test lint types unit format bench clean
+# Tests of native threads and memory. Where they start other programs, train, or race on purpose, they say so.
+SANITIZED_TESTS := tests/update tests/pages tests/io/test_contract.py tests/timeline/test_native.py tests/kernels/test_parity.py
+
+.PHONY: help setup demo test lint types unit sanitize sanitize-thread sanitize-address format bench clean
 
 help:
 	@echo "make demo    train a small GPT-2 through all three tiers (about 3 minutes)"
 	@echo "make test    lint, types and the whole test suite"
+	@echo "make sanitize   the native tests under the thread and the address sanitizer (minutes)"
 	@echo "make bench   the I/O and kernel benchmarks behind the README's figures"
 	@echo "make setup   only the environment and the native build"
 	@echo "make format  format all sources"
@@ -51,16 +55,42 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-unit: setup $(VENV)/.browser
+unit: setup $(VENV)/.programs
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The test of the report looks at it in Chromium, and skips where there is none and none can be installed.
-$(VENV)/.browser: $(VENV)/.installed
-	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "installing chromium for the test of the report"; export DEBIAN_FRONTEND=noninteractive; \
-		{ apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends chromium; } >$(VENV)/browser.log 2>&1 \
-			|| echo "chromium was not installed ($(VENV)/browser.log); its tests will be skipped"; fi
+# Programs that tests look at results with: Chromium shows the report, spin searches the protocol of updates. Tests skip
+# where there is none and none can be installed.
+$(VENV)/.programs: $(VENV)/.installed
+	@for program in chromium spin; do \
+		if ! command -v $$program >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing $$program for tests"; export DEBIAN_FRONTEND=noninteractive; \
+			{ apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends $$program; } >$(VENV)/$$program.log 2>&1 \
+				|| echo "$$program was not installed ($(VENV)/$$program.log); its tests will be skipped"; fi; done
 	@touch $@
+
+sanitize: sanitize-thread sanitize-address
+
+# The module in the repository's root stays what it is. Leaks are not looked for: Python's own would hide ours.
+build/sanitize-%/.built: $(VENV)/.built setup.py
+	@echo "building the native module for the $* sanitizer"
+	@ANGELPTM_SANITIZE=$* $(BIN)/python setup.py --quiet build_ext --build-lib $(@D)
+	@touch $@
+
+# Reports go to files, since pytest captures what processes print, and one that ends is a failure that says nothing. The
+# thread sanitizer does not see what the kernel writes, which is what the other backend is about.
+sanitize-thread: SANITIZER_LIBRARY := libtsan.so
+sanitize-thread: SANITIZED_TESTS += -k "not uring"
+sanitize-address: SANITIZER_LIBRARY := libasan.so
+sanitize-thread sanitize-address: sanitize-%: build/sanitize-%/.built
+	@rm -f build/sanitize-$*/report.*
+	@env LD_PRELOAD="$$(g++ -print-file-name=$(SANITIZER_LIBRARY)) $$(g++ -print-file-name=libstdc++.so)" PYTHONPATH="$(CURDIR)/build/sanitize-$*" \
+		TSAN_OPTIONS="log_path=$(CURDIR)/build/sanitize-$*/report:suppressions=$(CURDIR)/tests/thread_sanitizer.supp" \
+		ASAN_OPTIONS="log_path=$(CURDIR)/build/sanitize-$*/report:detect_leaks=0" \
+		ANGELPTM_SANITIZED=$* ANGELPTM_STRESS_EVENTS=60000 \
+		$(BIN)/pytest -n 2 --dist worksteal -m "not unsanitized" -o faulthandler_timeout=120 \
+		-o faulthandler_exit_on_timeout=true $(SANITIZED_TESTS); status=$$?; \
+	for report in build/sanitize-$*/report.*; do if [ -e "$$report" ]; then cat "$$report"; status=1; fi; done; \
+	exit $$status
 
 bench: setup
 	$(BIN)/angelptm io bench --path .

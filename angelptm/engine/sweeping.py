@@ -26,8 +26,8 @@ _ORDERS = {
 }
 _COMBINES = {"mean": native.Combine.MEAN, "sum": native.Combine.SUM}
 # Computing goes first where both want a core: an update that comes later costs staleness, a step that waits costs time.
-# Not by more than this, since drains and gates wait for these threads beside whatever else the machine does.
-_NICENESS = {"bounded": 5, "lock_free": int(__import__("os").environ.get("ANGEL_NICE", "10"))}
+# While something waits for them, the updating threads are not nice.
+_NICENESS = 19
 
 
 def sweep_options(update: Update, plan: Plan) -> native.SweepOptions | None:
@@ -39,7 +39,7 @@ def sweep_options(update: Update, plan: Plan) -> native.SweepOptions | None:
         combine=_COMBINES[update.gradients],
         spare_frames=plan.spare_frames,
         ranks=[rank for rank, unit in enumerate(plan.units) for _ in unit.spans],
-        niceness=_NICENESS[update.mode],
+        niceness=_NICENESS,
     )
 
 

@@ -13,6 +13,7 @@ namespace angelptm::update {
 namespace {
 
 constexpr int kTriesBeforeYield = 64;
+constexpr std::size_t kMostStepsAtOnce = 4;
 
 // 1 + ratio + ... + ratio^(count - 1)
 double powers(double ratio, std::size_t count) {
@@ -27,7 +28,8 @@ double powers(double ratio, std::size_t count) {
 // that the one before it made, are applied as n steps with their mean. The averages of n such steps are closed forms
 // (beta^n, and for momentum a geometric sum), and their sizes of step add up; only that each of the n steps would have
 // divided by an exp_avg_sq of its own is lost. Bias corrections are those of the newest step, which is what beta^n
-// makes them.
+// makes them. One direction is not followed for more than four steps: where updates come so late that more gradients
+// gather, longer strides made small models diverge.
 kernels::Hyper collapsed(const std::vector<kernels::Hyper>& hypers, double scale, Combine combine) {
   kernels::Hyper one = hypers.back();
   one.grad_scale = scale;
@@ -40,6 +42,9 @@ kernels::Hyper collapsed(const std::vector<kernels::Hyper>& hypers, double scale
     one.lr += hyper.lr;
     decay += hyper.lr * hyper.weight_decay;
   }
+  const double stride = count > kMostStepsAtOnce ? static_cast<double>(kMostStepsAtOnce) / count : 1;
+  one.lr *= stride;
+  decay *= stride;
   switch (one.rule) {
     case kernels::Rule::kAdamW:
       one.beta1 = one.beta2 = 1;
@@ -55,8 +60,12 @@ kernels::Hyper collapsed(const std::vector<kernels::Hyper>& hypers, double scale
       break;
     case kernels::Rule::kSgd:
       if (one.beta1 == 0) break;
-      one.first_step = hypers.front().first_step;
-      one.dampening = 1 - (1 - one.dampening) * powers(one.beta1, count);
+      one.first_step = false;
+      if (hypers.front().first_step)  // whose momentum is the gradient itself, undamped, after one of zero
+        one.dampening = 1 - std::pow(one.beta1, static_cast<double>(count - 1)) -
+                        (1 - one.dampening) * powers(one.beta1, count - 1);
+      else
+        one.dampening = 1 - (1 - one.dampening) * powers(one.beta1, count);
       one.beta1 = std::pow(one.beta1, static_cast<double>(count));
       break;
   }

@@ -56,7 +56,13 @@ void Sweep::progressed() {
 template <typename Done>
 void Sweep::wait(const Done& done, const std::string& what) {
   std::unique_lock lock(mutex_);
-  const bool came = progress_.wait_until(lock, deadline_after(deadline_seconds_), [&] { return failed_ || done(); });
+  const auto over = [&] { return failed_ || done(); };
+  bool came = over();
+  if (!came) {
+    if (waiting_++ == 0 && on_waiting) on_waiting(true);
+    came = progress_.wait_until(lock, deadline_after(deadline_seconds_), over);
+    if (--waiting_ == 0 && on_waiting) on_waiting(false);
+  }
   if (failed_) std::rethrow_exception(failed_);
   if (!came) throw DeadlineError("waited " + std::to_string(deadline_seconds_) + " s for " + what);
 }

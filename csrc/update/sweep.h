@@ -97,6 +97,7 @@ class Sweep {
   void applied(std::uint32_t span, std::uint32_t gradients);
   void fail(const std::exception_ptr& error);  // tells those who wait
   std::function<void()> on_gradients;          // called after gradients were handed over
+  std::function<void(bool)> on_waiting;  // called when somebody begins to wait for the threads, and when nobody does
 
  private:
   struct Tally {
@@ -117,6 +118,7 @@ class Sweep {
   std::uint32_t cursor_ = 0;  // guarded by whoever calls next
   std::atomic<std::uint32_t> position_{0};
   mutable std::mutex mutex_;
+  std::uint32_t waiting_ = 0;  // guarded by mutex_
   std::condition_variable progress_;
   std::exception_ptr failed_;  // guarded by mutex_
   std::unique_ptr<Recorder> recorder_;

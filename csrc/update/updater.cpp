@@ -60,12 +60,7 @@ void expect_sweepable(const PageTable& table, const Span& span, const UpdaterOpt
     throw std::invalid_argument("parameters and gradients of a sweep live in the host tier");
 }
 
-// Computing goes first where both want a core. What the system refuses is a slower step and nothing else, so the result
-// is not read.
-void give_way(int niceness) {
-  const auto thread = static_cast<id_t>(syscall(SYS_gettid));
-  if (niceness > 0) (void)setpriority(PRIO_PROCESS, thread, getpriority(PRIO_PROCESS, thread) + niceness);
-}
+id_t this_thread() { return static_cast<id_t>(syscall(SYS_gettid)); }
 
 void expect_valid(const Work& work, const std::vector<Span>& spans, const std::vector<kernels::Hyper>& hypers) {
   if (work.span >= spans.size()) throw std::invalid_argument("no span " + std::to_string(work.span));
@@ -99,6 +94,8 @@ Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engi
   if (options_.sweep) {
     for (const Span& span : spans_) expect_sweepable(table, span, options_);
     sweep_ = std::make_unique<Sweep>(table, spans_, *options_.sweep, options_.deadline_seconds);
+    process_niceness_ = getpriority(PRIO_PROCESS, this_thread());
+    sweep_->on_waiting = [this](bool somebody) { give_way(somebody ? 0 : options_.sweep->niceness); };
     sweep_->on_gradients = [this] {
       {
         std::lock_guard lock(mutex_);
@@ -116,13 +113,28 @@ Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engi
     for (auto& worker : workers_)
       threads_.emplace_back([this, &worker, index = threads_.size()] {
         timeline::name_lane("updater " + std::to_string(index));
-        if (sweep_) give_way(options_.sweep->niceness);
+        if (sweep_) join_sweep();
         run(*worker);
       });
   } catch (...) {
     stop();  // a thread that is destroyed while it runs would end the process
     throw;
   }
+}
+
+void Updater::join_sweep() {
+  {
+    std::lock_guard lock(niceness_mutex_);
+    sweepers_.push_back(this_thread());
+  }
+  give_way(options_.sweep->niceness);
+}
+
+// Computing goes first where both want a core, but not while it waits for these threads. What the system refuses (to go
+// back takes a privilege) is a slower step and nothing else, so the results are not read.
+void Updater::give_way(int niceness) {
+  std::lock_guard lock(niceness_mutex_);
+  for (const id_t thread : sweepers_) (void)setpriority(PRIO_PROCESS, thread, process_niceness_ + niceness);
 }
 
 void Updater::stop() {

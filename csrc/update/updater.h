@@ -10,6 +10,8 @@
 // published beside readers of the former ones, and nobody waits for anybody.
 #pragma once
 
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -98,6 +100,8 @@ class Updater {
   class Worker;
 
   void run(Worker& worker);
+  void join_sweep();            // the calling thread
+  void give_way(int niceness);  // of all of them, above the process's own
   void stop();
   void fail(const Task& task, const std::exception_ptr& error);  // which no worker has begun
   // The span's parameters stay what they are. To be called when its tickets say why, since who waits for the new
@@ -128,8 +132,11 @@ class Updater {
   std::uint64_t epoch_ = 0;                          // counts expectations
   std::size_t ahead_count_ = 0;                      // spans with a holder
   bool stopping_ = false;
-  std::exception_ptr failed_;  // guarded by mutex_
-  Utilisation totals_;         // guarded by mutex_
+  int process_niceness_ = 0;
+  std::mutex niceness_mutex_;
+  std::vector<id_t> sweepers_;  // their threads; guarded by niceness_mutex_
+  std::exception_ptr failed_;   // guarded by mutex_
+  Utilisation totals_;          // guarded by mutex_
   std::vector<std::unique_ptr<Worker>> workers_;
   std::vector<std::thread> threads_;
 };

@@ -116,6 +116,7 @@ bool Updater::Worker::take_work(Lock& lock) {
         lock.unlock();
         updater_.fail(task, failed);
         lock.lock();
+        took = true;  // who learned of it may have stopped the updater meanwhile, and nobody tells a waiter again
         continue;
       }
       lock.unlock();

@@ -225,6 +225,7 @@ def corrupt(engine: Engine, kind: str) -> tuple[int, str]:
     raise AssertionError(f"no {kind} page is written")
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_stops_with_the_name_of_what_is_corrupt(tmp_path: Path, kind: str) -> None:
     engine = committing_engine(tmp_path, gradient_accumulation_steps=2)
@@ -252,6 +253,7 @@ def test_training_stops_with_the_name_of_what_is_corrupt(tmp_path: Path, kind: s
         engine.close()
 
 
+@pytest.mark.unsanitized
 def test_no_commit_is_made_of_a_store_with_a_corrupt_page(tmp_path: Path) -> None:
     """With ``keep: 1`` it would take the place of the last good one."""
     engine = committing_engine(tmp_path, placement={"param": "host", "grad": "host", "states": "ssd"})
@@ -284,6 +286,7 @@ def commit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "commits", folder / "pages"
 
 
+@pytest.mark.unsanitized
 def test_every_flip_in_a_commit_is_met(commit: tuple[Path, Path]) -> None:
     rng = random.Random(2)
     with CheckpointFolder.read(commit[0]) as folder:
@@ -313,6 +316,7 @@ def test_every_flip_in_a_commit_is_met(commit: tuple[Path, Path]) -> None:
     assert {Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ} <= kinds
 
 
+@pytest.mark.unsanitized
 def test_every_flip_in_the_manifest_of_a_run_is_met(commit: tuple[Path, Path]) -> None:
     rng = random.Random(3)
     with CheckpointFolder.read(commit[0]) as folder:

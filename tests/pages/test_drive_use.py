@@ -70,6 +70,7 @@ def test_both_directions_at_once(store: native.Store) -> None:
     assert found["mixed"][1] > 0
 
 
+@pytest.mark.unsanitized  # all its transfers share one frame
 def test_a_probe_is_not_counted(tmp_path: Path) -> None:
     store = make_store(tmp_path, frames=8, slots=(32,))
     assert store.probe_drive(0.02) is not None

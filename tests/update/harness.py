@@ -49,6 +49,7 @@ class SpanCase:
     segments: list[tuple[int, int, int]]
     expected: list[np.ndarray]  # master, exp_avg, exp_avg_sq as far as the rule keeps them
     expected_param: np.ndarray
+    step_grad: list[int]  # swept: where a step's gradient is until it is known that it counts
 
     @property
     def state_pages(self) -> list[int]:
@@ -56,14 +57,14 @@ class SpanCase:
 
     @property
     def pages(self) -> list[int]:
-        return [*self.state_pages, *self.grad, *([] if self.param is None else [self.param])]
+        return [*self.state_pages, *self.grad, *self.step_grad, *([] if self.param is None else [self.param])]
 
 
 class Spans:
     """``homes``: (states, grad, param) of each span; a param of None lives at a device address.
 
     With ``blank`` the masters start as zeros, unwritten: then spans whose gradients live on the host are the updater's
-    alone, and no fault can meet anybody else.
+    alone, and no fault can meet anybody else. With ``sweep`` gradients are taken out of accumulators.
     """
 
     def __init__(
@@ -85,17 +86,20 @@ class Spans:
         write_depth: int = 3,
         fetch_frames: int = 0,
         deadline_seconds: float = DEADLINE,
+        sweep: native.SweepOptions | None = None,
+        spare_frames: int = 0,
     ) -> None:
         self.rule, self.grad_dtype, self.param_dtype = rule, grad_dtype, param_dtype
         self.random, self.rng = random.Random(seed), np.random.default_rng(seed)
         whole = PAGE // ITEMSIZE[param_dtype]
         kinds = 1 + native.moment_count(rule)
-        per_span = kinds * -(-whole * 4 // PAGE) + -(-whole * ITEMSIZE[grad_dtype] // PAGE) + 1
+        grads = -(-whole * ITEMSIZE[grad_dtype] // PAGE) * (1 if sweep is None else 2)
+        per_span = kinds * -(-whole * 4 // PAGE) + grads + 1
         live = per_span * len(homes)
         self.ring = threads * ring_depth
         self.store = make_store(
             folder,
-            frames=live + self.ring * per_span + 4 + fetch_frames,
+            frames=live + self.ring * per_span + 4 + fetch_frames + spare_frames,
             slots=(live + self.ring * per_span + spare_slots,),
             backend=backend,
             faults=faults,
@@ -103,7 +107,9 @@ class Spans:
             deadline_seconds=deadline_seconds,
         )
         self.step_count = 0
-        self.spans = [self._make(index, whole, *home, blank=blank) for index, home in enumerate(homes)]
+        self.spans = [
+            self._make(index, whole, *home, blank=blank, swept=sweep is not None) for index, home in enumerate(homes)
+        ]
         self.store.mover.drain()
         self.home_frames = self.store.host_used_count
         self.fetcher = native.Fetcher(self.store, fetch_frames) if fetch_frames else None
@@ -119,6 +125,7 @@ class Spans:
                     grad=span.grad,
                     param=span.param,
                     device_param=None if span.on_device is None else span.on_device.ctypes.data,
+                    step_grad=span.step_grad,
                 )
                 for span in self.spans
             ],
@@ -129,6 +136,7 @@ class Spans:
             write_depth=write_depth,
             fetcher=self.fetcher,
             memory=[span.on_device for span in self.spans],
+            sweep=sweep,
         )
 
     def _pages(self, home: native.Home, elements: int, itemsize: int) -> list[int]:
@@ -144,6 +152,7 @@ class Spans:
         param: native.Home | None,
         *,
         blank: bool,
+        swept: bool,
     ) -> SpanCase:
         # The last pages are partial in most spans, down to one element.
         elements = [whole, whole - 1, whole // 2 + 7, 1, 300][index % 5]
@@ -167,6 +176,7 @@ class Spans:
             self._segments(elements),
             expected,
             expected_param,
+            self._pages(grad, elements, ITEMSIZE[self.grad_dtype]) if swept else [],
         )
         if not blank:
             self.put(span.states[0], master)

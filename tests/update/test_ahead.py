@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import random
 import time
 from pathlib import Path
@@ -284,6 +285,7 @@ def test_expectation_of_a_span_that_does_not_exist_is_refused(tmp_path: Path) ->
     updater_of(spans).submit("x", [(0, [])], hypers_of(native.Rule.ADAMW, 1))[0].wait(DEADLINE)
 
 
+MOST_EXAMPLES = 4 if "ANGELPTM_SANITIZED" in os.environ else 25
 ACTIONS = st.lists(
     st.tuples(
         st.sampled_from(["submit", "submit", "submit", "expect", "recall", "wait", "fetch", "ahead", "write", "pause"]),
@@ -296,7 +298,7 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=MOST_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS, seed=st.integers(0, 1000), ring_depth=st.integers(1, 4), fetch_frames=st.integers(1, 3))
 def test_no_interleaving_changes_a_bit(
     tmp_path_factory: pytest.TempPathFactory,

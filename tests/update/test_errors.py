@@ -161,6 +161,7 @@ print("submitted", flush=True)
 EIO, SLOW = "{'eio': 1.0}", "{'delay': 1.0, 'delay_seconds': 0.3}"
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize(
     ("faults", "end"),
     [(EIO, ""), (SLOW, "raise SystemExit(0)"), (SLOW, "del spans, tickets")],

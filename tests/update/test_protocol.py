@@ -16,6 +16,7 @@ MOST_MIB = 1500
 DEADLINE = 120
 
 pytestmark = [
+    pytest.mark.unsanitized,
     pytest.mark.skipif(shutil.which("spin") is None, reason="spin, the model checker, is not installed"),
     pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for what spin generates"),
 ]
