@@ -20,6 +20,7 @@ from .harness import HOST, Spans
 MEAN, SUM = native.Combine.MEAN, native.Combine.SUM
 ADAMW, SGD, LION = native.Rule.ADAMW, native.Rule.SGD, native.Rule.LION
 Segments = Sequence[tuple[int, int, int]]
+MOST_STEPS_AT_ONCE = 4
 FIELDS = (
     *("rule", "lr", "beta1", "beta2", "eps", "weight_decay", "dampening", "nesterov", "first_step"),
     *("bias_correction1", "bias_correction2_sqrt", "grad_scale"),
@@ -47,9 +48,10 @@ def one_for_several(hypers: Sequence[native.Hyper], scale: float, combine: nativ
     newest, count = hypers[-1], len(hypers)
     if count == 1 or combine == SUM:
         return changed(newest, grad_scale=scale)
-    lr = math.fsum(hyper.lr for hyper in hypers)
+    stride = min(1.0, MOST_STEPS_AT_ONCE / count)
+    lr = stride * math.fsum(hyper.lr for hyper in hypers)
     changes: dict[str, Any] = {"grad_scale": scale / count, "lr": lr}
-    decayed = math.fsum(hyper.lr * hyper.weight_decay for hyper in hypers) / lr
+    decayed = stride * math.fsum(hyper.lr * hyper.weight_decay for hyper in hypers) / lr
     if newest.rule == ADAMW:
         changes["beta1"] = math.prod(hyper.beta1 for hyper in hypers)
         changes["beta2"] = math.prod(hyper.beta2 for hyper in hypers)
@@ -59,9 +61,11 @@ def one_for_several(hypers: Sequence[native.Hyper], scale: float, combine: nativ
         changes["weight_decay"] = decayed
     elif newest.beta1 != 0:
         changes["beta1"] = newest.beta1**count
-        sizes = math.fsum(newest.beta1**power for power in range(count))
-        changes["dampening"] = 1 - (1 - newest.dampening) * sizes
-        changes["first_step"] = hypers[0].first_step
+        weights = [(1 - newest.dampening) * newest.beta1**power for power in range(count)]
+        if hypers[0].first_step:  # undamped, after a momentum of zero
+            weights[-1] = newest.beta1 ** (count - 1)
+        changes["dampening"] = 1 - math.fsum(weights)
+        changes["first_step"] = False
     return changed(newest, **changes)
 
 

@@ -92,7 +92,7 @@ def test_one_gradient_at_a_time_gives_the_bits_of_the_kernel(
 def test_gradients_that_wait_together_are_applied_as_one_update(
     tmp_path: Path, combine: native.Combine, rule: str, kind: str, threads: int
 ) -> None:
-    """Two to four gradients of each span in segments of their own, so that elements have none, some or all of them;
+    """Two to seven gradients of each span in segments of their own, so that elements have none, some or all of them;
     each with another learning rate, and those of a whole step with clip factors of their own. Would catch a sum that
     forgets a scale, elements with one gradient that are treated as those with several, and hyperparameters of another
     gradient or of too many."""
@@ -107,7 +107,7 @@ def test_gradients_that_wait_together_are_applied_as_one_update(
     )
     blockers, others = spans.all[-threads:], spans.all[:-threads]
     step = 0
-    for rounds in (2, 4, 3):
+    for rounds in (2, 4, 7):
         step += 1
         with spans.busy(blockers, hypers_of(RULES[rule], step)):
             before = spans.sweep.published(others)
@@ -195,6 +195,7 @@ def test_box_that_is_put_back_is_what_it_was(tmp_path: Path, full: bool) -> None
         spans.sweep.put_back([0])
     spans.wait()
     assert spans.sweep.published([0]) == [int(full)]
+    assert spans.sweep.utilisation()["spans"] == 1 + full, "no update without a gradient"
     spans.give([0], hypers_of(ADAMW, 3), from_step=False) if not full else None
     spans.wait()
     spans.settle([0])
