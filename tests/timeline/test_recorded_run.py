@@ -75,7 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("recorded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("angelptm.train.run.Engine", Counting)
-        slow = native.FaultPlan(delay=1.0, delay_seconds=0.002)  # so that computing must wait for the drive
+        slow = native.FaultPlan(delay=1.0, delay_seconds=0.01)  # so that computing must wait for the drive
         result = train(config(folder, 3), Silent(), faults=slow)
     before, after = counts
     stalls = {cause: seconds - before.get(cause, 0.0) for cause, seconds in after.items()}
