@@ -19,7 +19,7 @@ from angelptm.pages import PageIds
 from angelptm.plan import Plan
 
 _ORDERS = {
-    "auto": native.SweepOrder.ROUND_ROBIN,
+    "auto": native.SweepOrder.MOST_GRADIENTS,
     "round_robin": native.SweepOrder.ROUND_ROBIN,
     "most_gradients": native.SweepOrder.MOST_GRADIENTS,
     "next_needed": native.SweepOrder.NEXT_NEEDED,
