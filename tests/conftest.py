@@ -12,6 +12,11 @@ from hypothesis import settings
 # tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Beside a second worker, two threads of torch wait for each other's core more than they compute. For the programs that
+# tests start, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples in every run, so that a failure is the change's own. HYPOTHESIS_PROFILE=search draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("search", derandomize=False)

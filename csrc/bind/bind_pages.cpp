@@ -89,11 +89,13 @@ void bind_store(py::module_& module) {
       // [(frame, version), ...]: the pages' newest content, which stays there until release_held.
       .def("hold",
            [](Store& store, const std::vector<PageId>& ids) {
-             std::vector<std::pair<pages::Frame, std::uint32_t>> held;
-             for (const PageId page : ids) {
+             for (const PageId page : ids) {  // before any is held
                const pages::PageInfo info = store.table().info(page);
                if (info.home != Home::kHost || info.fixed != nullptr)
                  throw std::invalid_argument("a page that is held lives in the host pool");
+             }
+             std::vector<std::pair<pages::Frame, std::uint32_t>> held;
+             for (const PageId page : ids) {
                const pages::HeldFrame now = store.table().hold(page);
                held.emplace_back(now.frame, now.version);
              }
@@ -101,7 +103,11 @@ void bind_store(py::module_& module) {
            })
       .def("release_held",
            [](Store& store, const std::vector<pages::Frame>& frames) {
-             for (const pages::Frame frame : frames) store.host().release_reader(frame);
+             for (const pages::Frame frame : frames) {
+               if (frame >= store.host().frame_count() || store.host().readers(frame) == 0)
+                 throw std::invalid_argument("frame " + std::to_string(frame) + " is not held");
+               store.host().release_reader(frame);
+             }
            })
       .def("publish_in_place", [](Store& store, PageId page) { store.table().publish_in_place(page); })
       .def(

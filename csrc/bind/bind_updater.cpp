@@ -29,7 +29,16 @@ std::vector<Segment> to_segments(const WorkList::value_type::second_type& segmen
   return found;
 }
 
-void bind_sweep(py::module_& module, py::class_<Updater>& updater) {
+// Ending an updater waits for the spans in flight, and other Python threads need not.
+struct EndWithoutInterpreter {
+  void operator()(Updater* updater) const {
+    const py::gil_scoped_release release;
+    delete updater;
+  }
+};
+using UpdaterClass = py::class_<Updater, std::unique_ptr<Updater, EndWithoutInterpreter>>;
+
+void bind_sweep(py::module_& module, UpdaterClass& updater) {
   using Release = py::call_guard<py::gil_scoped_release>;
   using Spans = std::vector<std::uint32_t>;
   py::enum_<update::Order>(module, "SweepOrder")
@@ -149,7 +158,7 @@ void bind_updater(py::module_& module) {
            py::kw_only(), py::arg("elements"), py::arg("master"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
            py::arg("grad"), py::arg("param"), py::arg("device_param"), py::arg("step_grad") = std::vector<PageId>());
 
-  py::class_<Updater> updater(module, "Updater");
+  UpdaterClass updater(module, "Updater");
   bind_sweep(module, updater);
   updater
       .def(py::init([](pages::Store& store, std::size_t threads, std::vector<Span> spans, std::size_t ring_depth,
@@ -159,11 +168,11 @@ void bind_updater(py::module_& module) {
              if (threads > kMostThreads) throw std::invalid_argument("an updater has at most 256 threads");
              std::vector<std::unique_ptr<io::Engine>> engines;
              for (std::size_t i = 0; i < threads; ++i) engines.push_back(store.make_engine());
-             return std::make_unique<Updater>(
-                 store.table(), std::move(engines), std::move(spans),
-                 UpdaterOptions{ring_depth, rule, grad_dtype, param_dtype, store.options().deadline_seconds,
-                                write_depth, std::move(sweep)},
-                 fetcher);
+             return std::unique_ptr<Updater, EndWithoutInterpreter>(
+                 new Updater(store.table(), std::move(engines), std::move(spans),
+                             UpdaterOptions{ring_depth, rule, grad_dtype, param_dtype, store.options().deadline_seconds,
+                                            write_depth, std::move(sweep)},
+                             fetcher));
            }),
            py::arg("store"), py::kw_only(), py::arg("threads"), py::arg("spans"), py::arg("ring_depth"),
            py::arg("rule"), py::arg("grad_dtype"), py::arg("param_dtype"), py::arg("write_depth") = 3,

@@ -32,6 +32,11 @@ Sweep::~Sweep() {
   for (const pages::Frame frame : retired_) table_.host().release(frame);
 }
 
+void Sweep::expect_known(const std::vector<std::uint32_t>& spans) const {
+  for (const std::uint32_t span : spans)
+    if (span >= spans_.size()) throw std::invalid_argument("no span " + std::to_string(span));
+}
+
 void Sweep::rethrow_failure() const {
   std::lock_guard lock(mutex_);
   if (failed_) std::rethrow_exception(failed_);
@@ -67,23 +72,32 @@ void Sweep::wait(const Done& done, const std::string& what) {
   if (!came) throw DeadlineError("waited " + std::to_string(deadline_seconds_) + " s for " + what);
 }
 
-void Sweep::open(const std::vector<std::uint32_t>& spans) {
-  rethrow_failure();
-  await_whole_taken(spans);
-  for (const std::uint32_t span : spans) accumulators_.open(span);
-}
-
-void Sweep::open_empty(const std::vector<std::uint32_t>& spans, const std::string& what) {
+// All of them or none: a box that stays held would never be taken.
+template <typename One>
+void Sweep::open_all(const std::vector<std::uint32_t>& spans, const One& open_one) {
   std::size_t opened = 0;
   try {
-    for (; opened < spans.size(); ++opened) wait([&] { return accumulators_.try_open_empty(spans[opened]); }, what);
+    for (; opened < spans.size(); ++opened) open_one(spans[opened]);
   } catch (...) {
     for (std::size_t i = 0; i < opened; ++i) accumulators_.put_back(spans[i]);
     throw;
   }
 }
 
+void Sweep::open(const std::vector<std::uint32_t>& spans) {
+  expect_known(spans);
+  rethrow_failure();
+  await_whole_taken(spans);
+  open_all(spans, [&](std::uint32_t span) { accumulators_.open(span); });
+}
+
+void Sweep::open_empty(const std::vector<std::uint32_t>& spans, const std::string& what) {
+  expect_known(spans);
+  open_all(spans, [&](std::uint32_t span) { wait([&] { return accumulators_.try_open_empty(span); }, what); });
+}
+
 void Sweep::put_back(const std::vector<std::uint32_t>& spans) {
+  expect_known(spans);
   for (const std::uint32_t span : spans) accumulators_.put_back(span);
   if (on_gradients) on_gradients();  // what was there may be taken again
 }
@@ -118,6 +132,8 @@ void Sweep::replay(Script script) {
 }
 
 void Sweep::used(const std::vector<std::uint32_t>& spans, const std::vector<std::uint32_t>& publishes) {
+  expect_known(spans);
+  if (publishes.size() != spans.size()) throw std::invalid_argument("one count for each span");
   for (std::size_t i = 0; i < spans.size(); ++i) {
     if (recorder_) recorder_->used(spans[i], publishes[i]);
     if (player_) player_->used(spans[i]);
@@ -126,6 +142,7 @@ void Sweep::used(const std::vector<std::uint32_t>& spans, const std::vector<std:
 }
 
 void Sweep::await_use(const std::vector<std::uint32_t>& spans, const std::string& what) {
+  expect_known(spans);
   if (!player_) return;
   wait([&] { return std::all_of(spans.begin(), spans.end(), [&](auto span) { return player_->is_ready(span); }); },
        what);
@@ -154,25 +171,35 @@ void Sweep::hand_over(const std::vector<Piece>& pieces, const std::vector<kernel
   for (const Piece& piece : pieces) {
     // Before the gradient can be taken, so that nobody sees more published than produced.
     tallies_[piece.span].produced.fetch_add(1);
-    if (from_step)
-      accumulators_.add(piece.span, piece.segments, hypers);
-    else
-      accumulators_.hand_over(piece.span, piece.segments, hypers);
+    try {
+      if (from_step)
+        accumulators_.add(piece.span, piece.segments, hypers);
+      else
+        accumulators_.hand_over(piece.span, piece.segments, hypers);
+    } catch (...) {
+      tallies_[piece.span].produced.fetch_sub(1);  // refused: it is in no box
+      throw;
+    }
   }
   if (on_gradients) on_gradients();
 }
 
 void Sweep::wait_published(const std::vector<std::uint32_t>& spans, std::uint32_t most_behind,
                            const std::string& what) {
+  expect_known(spans);
   wait(
       [&] {
-        return std::all_of(spans.begin(), spans.end(),
-                           [&](std::uint32_t span) { return produced(span) <= published(span) + most_behind; });
+        return std::all_of(spans.begin(), spans.end(), [&](std::uint32_t span) {
+          const Tally& tally = tallies_[span];
+          return tally.produced.load() <= tally.published.load() + most_behind;
+        });
       },
       what);
 }
 
 bool Sweep::are_applied(const std::vector<std::uint32_t>& spans, const std::vector<std::uint64_t>& counts) const {
+  expect_known(spans);
+  if (counts.size() != spans.size()) throw std::invalid_argument("one count for each span");
   for (std::size_t i = 0; i < spans.size(); ++i)
     if (tallies_[spans[i]].applied.load() < counts[i]) return false;
   return true;
@@ -181,6 +208,16 @@ bool Sweep::are_applied(const std::vector<std::uint32_t>& spans, const std::vect
 void Sweep::wait_applied(const std::vector<std::uint32_t>& spans, const std::vector<std::uint64_t>& counts,
                          const std::string& what) {
   wait([&] { return are_applied(spans, counts); }, what);
+}
+
+std::uint64_t Sweep::produced(std::uint32_t span) const {
+  expect_known({span});
+  return tallies_[span].produced.load();
+}
+
+std::uint64_t Sweep::published(std::uint32_t span) const {
+  expect_known({span});
+  return tallies_[span].published.load();
 }
 
 GradientCounts Sweep::counts() const {

@@ -46,7 +46,8 @@ class Sweep {
   Accumulators& accumulators() { return accumulators_; }
   const SweepOptions& options() const { return options_; }
 
-  // The computing thread's side. Each throws the first error of an update, from then on.
+  // The computing thread's side. Each throws the first error of an update, from then on, and std::invalid_argument for a
+  // span that is not there.
 
   void open(const std::vector<std::uint32_t>& spans);
   // Waits until no gradient is waiting there, and takes the boxes then.
@@ -64,8 +65,8 @@ class Sweep {
   void wait_applied(const std::vector<std::uint32_t>& spans, const std::vector<std::uint64_t>& counts,
                     const std::string& what);
   bool are_applied(const std::vector<std::uint32_t>& spans, const std::vector<std::uint64_t>& counts) const;
-  std::uint64_t produced(std::uint32_t span) const { return tallies_[span].produced.load(); }
-  std::uint64_t published(std::uint32_t span) const { return tallies_[span].published.load(); }
+  std::uint64_t produced(std::uint32_t span) const;
+  std::uint64_t published(std::uint32_t span) const;
   GradientCounts counts() const;
   // What happened is noted from here on.
   void record();
@@ -103,6 +104,9 @@ class Sweep {
   struct Tally {
     std::atomic<std::uint64_t> produced{0}, taken{0}, published{0}, applied{0};
   };
+  void expect_known(const std::vector<std::uint32_t>& spans) const;
+  template <typename One>
+  void open_all(const std::vector<std::uint32_t>& spans, const One& open_one);
   void progressed();
   void await_whole_taken(const std::vector<std::uint32_t>& spans);
   template <typename Done>

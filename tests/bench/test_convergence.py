@@ -103,11 +103,20 @@ def test_interrupted_table_goes_on_and_sync_repeats_its_bits(out: Path, tmp_path
     assert losses[0] == losses[1]
 
 
-def test_complete_table_is_shown_without_a_run(out: Path) -> None:
+def test_complete_table_is_shown_without_a_run_and_compared_at_its_modes_pace(out: Path) -> None:
     done = run(["--out", str(out)])
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "bounded-1" in done.stdout
+    before = json.loads(out.read_text())
+    assert before["pace"] is None
+    done = run(["--out", str(out), "--pace", "1"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["runs"] == before["runs"], "they keep the times that they had"
+    pace = found["pace"]["step_seconds"]
+    assert pace.keys() == {"sync", "bounded-1"}
+    assert found["comparison"]["equal_seconds"] == {"1": pytest.approx(12 * min(pace["sync"] + pace["bounded-1"]))}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +172,20 @@ def test_loss_at_equal_time_lies_on_the_line_between_validations(monkeypatch: py
     assert lock_free["equal_time_loss"]["median"] == lock_free["final_loss"]["median"] == 2.2
     assert lock_free["final_against_sync"]["median"] == pytest.approx(0.1)
     assert lock_free["staleness"] == {"mean": 1.0, "max": 4}
+
+
+def test_times_at_the_measured_pace_are_steps_at_its_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from bench.convergence.pace import Pace, at_pace
+
+    curve = [{"step": step, "seconds": 9.0 * step, "validation_loss": 5.0} for step in (0, 4, 8)]
+    runs = [{"mode": mode, "steps": 8, "training_seconds": 72.0, "curve": curve} for mode in ("sync", "lock-free")]
+    assert at_pace(runs, None) == runs
+    sync, other = at_pace(runs, Pace(10, {"sync": [0.5, 0.25, 4.0]}))
+    assert other == runs[1]
+    assert sync["training_seconds"] == 4.0
+    assert [point["seconds"] for point in sync["curve"]] == [0.0, 2.0, 4.0]
+    assert runs[0]["training_seconds"] == 72.0
 
 
 def test_modes_take_turns_at_coming_first(monkeypatch: pytest.MonkeyPatch) -> None:

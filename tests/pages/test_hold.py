@@ -45,3 +45,14 @@ def test_page_that_has_no_frame_of_the_pool_is_not_held(tmp_path: Path) -> None:
             store.hold([page])
     with pytest.raises(IndexError):
         store.hold([store.page_count])
+
+
+def test_frame_that_is_not_held_is_not_released(tmp_path: Path) -> None:
+    """Counted below zero, a frame would look read for good."""
+    store = make_store(tmp_path)
+    page = store.add_page(HOST, PAGE)
+    ((frame, _),) = store.hold([page])
+    store.release_held([frame])
+    for wrong in (frame, 10**6):
+        with pytest.raises(ValueError, match=f"frame {wrong} is not held"):
+            store.release_held([wrong])

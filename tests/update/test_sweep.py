@@ -384,10 +384,49 @@ def test_box_is_in_one_hand_at_a_time(tmp_path: Path, full: bool) -> None:
         with pytest.raises(RuntimeError, match="span 0: its box is held already"):
             spans.sweep.hand_over([(0, whole)], hypers, from_step=True)
         spans.sweep.put_back([0])
+        produced = spans.sweep.produced([0])
         with pytest.raises(RuntimeError, match=r"span 0: .* not held"):
             spans.sweep.hand_over([(0, whole)], hypers, from_step=False)
+        assert spans.sweep.produced([0]) == produced, "what was refused is in no box and would be waited for"
         spans.sweep.open([0])
         spans.sweep.put_back([0])
+
+
+def test_boxes_are_opened_all_or_none(tmp_path: Path) -> None:
+    """A box that an open which failed had left held would never be taken, and a drain would wait for it."""
+    spans = Swept(tmp_path, on_host(2), rule=SGD, ring_depth=1)
+    hypers = hypers_of(SGD, 1)
+    with pytest.raises(RuntimeError, match="span 0: its box is held already"):
+        spans.sweep.open([0, 1, 0])
+    with pytest.raises(ValueError, match="no span 2"):
+        spans.sweep.open([0, 1, 2])
+    for span in (0, 1):
+        spans.give([span], hypers, from_step=True)
+    spans.sweep.wait_applied([0, 1], [1, 1], "the updates")
+    spans.close()
+
+
+def test_spans_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    spans = Swept(tmp_path, on_host(2), rule=SGD, ring_depth=1)
+    sweep = spans.sweep
+    calls: list[Callable[[], object]] = [
+        lambda: sweep.open([2]),
+        lambda: sweep.open_empty([0, 2], "an empty box"),
+        lambda: sweep.put_back([2]),
+        lambda: sweep.wait_published([2], 0, "parameters"),
+        lambda: sweep.wait_applied([2], [0], "an update"),
+        lambda: sweep.are_applied([2], [0]),
+        lambda: sweep.produced([2]),
+        lambda: sweep.published([2]),
+        lambda: sweep.used([2], [0]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="no span 2"):
+            call()
+    with pytest.raises(ValueError, match="one count for each span"):
+        sweep.are_applied([0, 1], [0])
+    sweep.open_empty([0], "an empty box")  # the refused call has left nothing held
+    sweep.put_back([0])
 
 
 def test_sums_of_different_scales_are_refused(tmp_path: Path) -> None:

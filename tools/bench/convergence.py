@@ -9,6 +9,7 @@ modes to gain. The table says how much of training waits; should sync hardly wai
 and --threads 1 where others want its cores.
 
     python tools/bench/convergence.py --out RESULT.json --plot docs/convergence.png     # 4 modes, 3 seeds, 2000 steps
+    python tools/bench/convergence.py --out RESULT.json --plot docs/convergence.png --pace 5
     python tools/bench/convergence.py --modes sync,lock-free,lock-free-sum --out OTHER.json
     python tools/bench/convergence.py --small --json                                    # seconds: does it run?
 
@@ -16,6 +17,9 @@ Each run has a process of its own, one at a time, all modes of a seed in turn, i
 With --out a run is kept as soon as it is over, and the same command goes on with those that are missing; more seeds or
 modes may be asked for then. Parameters are drained before each validation; drains and validations are not counted as
 training time, but told.
+
+A table takes more than an hour, in which a machine has other work too. With --pace the modes take turns with short
+blocks of steps after the runs, and the times that are compared are a mode's steps at the median of those.
 
 At equal wall time a slower mode is still amid its learning-rate schedule, whose end lowers the loss: with --schedule
 constant that plays no part. Exits with 1 when a run fails.
@@ -41,6 +45,7 @@ sys.path.insert(1, str(ROOT))
 
 from bench.convergence.comparison import compare  # noqa: E402
 from bench.convergence.modes import DEFAULT_MODES, update_keys  # noqa: E402
+from bench.convergence.pace import at_pace, measure_pace  # noqa: E402
 from bench.convergence.runs import OtherSettings, Runs  # noqa: E402
 from bench.convergence.table import show  # noqa: E402
 from bench.step.process import Worker, WorkerError  # noqa: E402
@@ -64,10 +69,11 @@ class Size:
     validation_batches: int
     validation_batch: int
     threads: int | None
+    pace_steps: int  # of a block
 
 
-FULL = Size(2000, 3, DEFAULT_MODES, 1, 64, 200, 8, 16, None)
-SMALL = Size(12, 1, ("sync", "bounded-1"), 1, 16, 6, 1, 4, 1)
+FULL = Size(2000, 3, DEFAULT_MODES, 1, 64, 200, 8, 16, None, 100)
+SMALL = Size(12, 1, ("sync", "bounded-1"), 1, 16, 6, 1, 4, 1, 2)
 
 
 def at_least_one(text: str) -> int:
@@ -103,6 +109,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--clip", type=float, nargs="?", const=1.0, metavar="NORM", help="clip gradients; without NORM to 1.0"
     )
     parser.add_argument("--evaluate-every", type=at_least_one, help=f"steps (default {FULL.evaluate_every})")
+    parser.add_argument(
+        "--pace",
+        type=at_least_one,
+        metavar="ROUNDS",
+        help="also measure the modes' pace, and compare at equal time by it",
+    )
     parser.add_argument("--threads", type=at_least_one, help="of torch (default: its own choice, or 1 with --small)")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the drive to use (default: here)")
     parser.add_argument("--small", action="store_true", help="two modes, one seed, few steps: does it run?")
@@ -156,7 +168,8 @@ def measure(options: argparse.Namespace, runs: Runs, folder: Path) -> dict[str, 
 
     def others() -> dict[str, Any]:
         missing = runs.missing(options.modes, seeds)
-        return {"modes": options.modes, "missing": missing, "comparison": compare(runs.all, options.modes)}
+        comparison = compare(at_pace(runs.all, runs.pace), options.modes)
+        return {"modes": options.modes, "missing": missing, "comparison": comparison}
 
     for mode, seed in runs.missing(options.modes, seeds):
         facts = {
@@ -166,6 +179,9 @@ def measure(options: argparse.Namespace, runs: Runs, folder: Path) -> dict[str, 
         }
         run = {"mode": mode, "seed": seed, **facts, **run_one(mode, seed, runs.settings, folder)}
         runs.all.append(run)
+        runs.write(others())
+    if options.pace is not None:
+        runs.pace = measure_pace(options.modes, runs.settings, folder, options.pace, options.pace_steps)
         runs.write(others())
     return runs.content(others())
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from bench.convergence.comparison import column, loss_at
+from bench.convergence.pace import Pace, at_pace
 
 _SHOWN_FROM = 0.05  # of the steps: the first fall would flatten all that follows
 _POINTS = 200
@@ -21,10 +22,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     settings, comparison = found["settings"], found["comparison"]
     seeds, equal = comparison["seeds"], comparison["equal_seconds"]
+    all_runs = at_pace(found["runs"], Pace(**found["pace"]) if found["pace"] else None)
     figure, (tokens, seconds) = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
     shown: list[float] = []
     for index, mode in enumerate(one["mode"] for one in comparison["modes"]):
-        runs = [run for run in found["runs"] if run["mode"] == mode and run["seed"] in seeds]
+        runs = [run for run in all_runs if run["mode"] == mode and run["seed"] in seeds]
         per_step = settings["batch"] * settings["sequence"]
         steps = np.array(column(runs[0], "step"))
         losses = np.array([column(run, "validation_loss") for run in runs])

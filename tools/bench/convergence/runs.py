@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from bench.convergence.pace import Pace
 
 
 class OtherSettings(Exception):
@@ -14,12 +17,14 @@ class OtherSettings(Exception):
 
 
 class Runs:
-    """``all``: every run so far, as it was told. ``path`` None keeps them in memory alone."""
+    """``all``: every run so far, as it was told; ``pace``: what was measured of the modes' own pace, or None. ``path``
+    None keeps them in memory alone."""
 
     def __init__(self, settings: dict[str, Any], path: Path | None) -> None:
         """Raises OtherSettings, naming them."""
         self.settings, self._path = settings, path
         self.all: list[dict[str, Any]] = []
+        self.pace: Pace | None = None
         if path is None or not path.exists():
             return
         found = json.loads(path.read_text())
@@ -27,6 +32,7 @@ class Runs:
             said = ", ".join(f"{key} {found['settings'].get(key)}, not {settings[key]}" for key in sorted(differing))
             raise OtherSettings(f"{path} is of {said}: name another file, or remove it")
         self.all = found["runs"]
+        self.pace = Pace(**found["pace"]) if found.get("pace") else None
 
     def missing(self, modes: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
         """(mode, seed) of the runs that are still to be made, in their order: all modes of a seed one after the other,
@@ -47,7 +53,8 @@ class Runs:
         os.replace(beside, self._path)
 
     def content(self, others: dict[str, Any]) -> dict[str, Any]:
-        return {"settings": self.settings, **others, "runs": self.all}
+        pace = None if self.pace is None else asdict(self.pace)
+        return {"settings": self.settings, **others, "pace": pace, "runs": self.all}
 
 
 def _rotated(modes: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
