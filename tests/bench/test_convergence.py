@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-# Three processes that each import torch and transformers.
+# Several processes with torch and transformers.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-# A dozen processes that each import torch and transformers.
+# A dozen processes with torch and transformers.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
@@ -127,14 +129,15 @@ def test_bad_argument_is_one_clear_error(arguments: list[str], said: str, tmp_pa
 
 def test_worker_that_dies_is_shown_and_nothing_stays(tmp_path: Path) -> None:
     process = start(tmp_path)
-    workers = [one for one in psutil.Process(process.pid).children() if "bench.step.worker" in one.cmdline()]
-    workers[0].send_signal(signal.SIGINT)
+    (forks,) = (one for one in psutil.Process(process.pid).children() if "forkserver" in " ".join(one.cmdline()))
+    worker = max(forks.children(), key=psutil.Process.create_time)  # the other one measures ceilings
+    worker.send_signal(signal.SIGINT)
     said = rest_of(process)
     assert process.returncode == 1
     assert "error: angelptm ssd: its process ended with code" in said
     assert "    KeyboardInterrupt" in said  # its last line
     assert not list(tmp_path.iterdir())
-    assert not workers[0].is_running()
+    assert not worker.is_running()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -144,8 +147,19 @@ def test_interrupted_run_leaves_no_process_and_no_file(sent: signal.Signals, tmp
     assert "Traceback" not in rest_of(process)
     assert process.returncode in (130, 143)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    end = time.monotonic() + 60  # what only waits for the benchmark's end sees it a moment later
+    while members := group(process.pid):
+        assert time.monotonic() < end, members
+        time.sleep(0.05)
+
+
+def group(number: int) -> list[psutil.Process]:
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(one.pid) == number and one.status() != psutil.STATUS_ZOMBIE:
+                found.append(one)
+    return found
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
