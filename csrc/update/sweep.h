@@ -46,8 +46,8 @@ class Sweep {
   Accumulators& accumulators() { return accumulators_; }
   const SweepOptions& options() const { return options_; }
 
-  // The computing thread's side. Each throws the first error of an update, from then on, and std::invalid_argument for a
-  // span that is not there.
+  // The computing thread's side. Each throws the first error of an update, from then on, and std::invalid_argument for
+  // a span that is not there.
 
   void open(const std::vector<std::uint32_t>& spans);
   // Waits until no gradient is waiting there, and takes the boxes then.

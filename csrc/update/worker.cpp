@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "pages/deadline.h"
 #include "pages/page_mover.h"
@@ -56,7 +57,8 @@ Updater::Flight* Updater::Worker::soonest(Flight::Stage stage) {
   Flight* found = nullptr;
   for (Flight& flight : flights_)
     if (flight.stage == stage && flight.task.batch && (stage != Flight::Stage::kReady || may_compute(flight)) &&
-        (found == nullptr || flight.task.batch->rank < found->task.batch->rank))
+        (found == nullptr ||
+         std::pair(flight.task.batch->rank, flight.claim) < std::pair(found->task.batch->rank, found->claim)))
       found = &flight;
   return found;
 }
@@ -194,6 +196,7 @@ void Updater::Worker::add_pieces(Flight& flight, const std::vector<PageId>& ids,
 // Begins with the states, which need no gradients.
 void Updater::Worker::start(std::uint32_t span_index, Flight& flight) {
   flight.span = span_index;
+  flight.claim = claims_++;
   flight.task = {};
   flight.error = nullptr;
   flight.lent = flight.published = false;
@@ -296,12 +299,12 @@ void Updater::Worker::submit(Flight& flight, const std::vector<io::Transfer>& tr
 bool Updater::Worker::compute_one() {
   Flight* flight = soonest(Flight::Stage::kReady);
   if (flight == nullptr && updater_.sweep_) {
-    const auto found = std::find_if(flights_.begin(), flights_.end(), [this](const Flight& one) {
-      return one.stage == Flight::Stage::kReady && may_compute(one);
-    });
-    if (found == flights_.end() || !take_gradients(*found)) return false;
-    if (!may_compute(*found)) return true;  // in a replay: the computing thread uses the former parameters first
-    flight = &*found;
+    // The one that has waited longest: where this thread gets little of a core, reads are faster than it, and a span
+    // that is passed by whenever another is ready too would wait for good.
+    for (Flight& one : flights_)
+      if (may_compute(one) && (flight == nullptr || one.claim < flight->claim)) flight = &one;
+    if (flight == nullptr || !take_gradients(*flight)) return false;
+    if (!may_compute(*flight)) return true;  // in a replay: the computing thread uses the former parameters first
   }
   if (flight == nullptr) return false;
   try {

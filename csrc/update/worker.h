@@ -44,6 +44,7 @@ struct Updater::Flight {
   };
   std::vector<Frame> frames;
   std::uint32_t span = 0;
+  std::uint64_t claim = 0;  // ascends with the spans that this worker took up
   Task task;
   std::vector<Piece> pieces;  // master pages, exp_avg pages, exp_avg_sq pages, gradient pages, parameter page
   std::size_t first_exp_avg = 0, first_exp_avg_sq = 0, first_grad = 0, first_param = 0;
@@ -106,8 +107,8 @@ class Updater::Worker {
   Flight* idle_flight();
   std::size_t ahead_count() const;
   bool may_compute(const Flight& flight) const;
-  Flight* soonest(
-      Flight::Stage stage);  // of those at a stage that have a task, the one that is needed soonest; or null
+  // Of those at a stage that have a task, the one that is needed soonest, and of these the one taken up first; or null.
+  Flight* soonest(Flight::Stage stage);
   bool drop_ahead(Lock& lock);
   bool start_ahead(Flight& flight, Lock& lock);
   bool take_gradients(Flight& flight);
@@ -133,6 +134,7 @@ class Updater::Worker {
   std::vector<Flight> flights_;
   std::vector<Task> adopted_;  // for spans that are read ahead here; guarded by the updater's mutex
   std::size_t writing_ = 0;
+  std::uint64_t claims_ = 0;
   Utilisation done_;     // since the last merge into the updater's totals
   io::Counters merged_;  // engine counters at that merge
 };

@@ -345,6 +345,32 @@ def test_spans_are_taken_up_in_their_order(tmp_path: Path, order: str) -> None:
     spans.close()
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_span_waits_for_good_where_gradients_come_faster_than_updates(tmp_path: Path, order: str) -> None:
+    """One thread with several spans in its ring, stopped at each publication until every span has a gradient again.
+    Would catch a span that was taken up and is passed by whenever another one is ready too."""
+    spans = Swept(tmp_path, on_host(4), rule=SGD, ring_depth=3, order=ORDERS[order], ranks=(1, 2, 3, 4))
+    frames = [frame for frame, _ in spans.store.hold([spans.param_page(index) for index in spans.all])]
+    before, rounds = spans.sweep.published(spans.all), 12
+    for step in range(1, rounds + 1):
+        spans.give(spans.all, hypers_of(SGD, step), from_step=True)
+        deadline = time.monotonic() + DEADLINE
+        while (now := spans.sweep.published(spans.all)) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        (last,) = (span for span in spans.all if now[span] != before[span])
+        before = now
+        if step < rounds:
+            ((newest, _),) = spans.store.hold([spans.param_page(last)])
+            spans.store.release_held([frames[last]])
+            frames[last] = newest
+    assert min(before) > 0, before
+    spans.store.release_held(frames)
+    spans.wait()
+    assert spans.sweep.published(spans.all) == [rounds] * 4
+    spans.close()
+
+
 def test_held_parameters_stay_while_others_are_published(tmp_path: Path) -> None:
     """One frame is read for the whole time, and of the spare ones one is enough. Would catch a frame that is written
     to while it is read, and one that is lost when it is read no more."""
