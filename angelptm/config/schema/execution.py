@@ -41,7 +41,7 @@ class Update(Section):
         "steps at once. sum: their sum, applied as one step's.",
     )
     order: Literal["auto", "round_robin", "most_gradients", "next_needed"] = Field(
-        default="auto", description="Which span is updated next in the modes bounded and lock_free. auto: most_gradients."
+        default="auto", description="Span that bounded and lock_free update next. auto: most_gradients."
     )
     record: UserPath | None = Field(
         default=None,
