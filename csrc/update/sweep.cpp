@@ -32,9 +32,12 @@ Sweep::~Sweep() {
   for (const pages::Frame frame : retired_) table_.host().release(frame);
 }
 
+void Sweep::expect_known(std::uint32_t span) const {
+  if (span >= spans_.size()) throw std::invalid_argument("no span " + std::to_string(span));
+}
+
 void Sweep::expect_known(const std::vector<std::uint32_t>& spans) const {
-  for (const std::uint32_t span : spans)
-    if (span >= spans_.size()) throw std::invalid_argument("no span " + std::to_string(span));
+  for (const std::uint32_t span : spans) expect_known(span);
 }
 
 void Sweep::rethrow_failure() const {
@@ -211,12 +214,12 @@ void Sweep::wait_applied(const std::vector<std::uint32_t>& spans, const std::vec
 }
 
 std::uint64_t Sweep::produced(std::uint32_t span) const {
-  expect_known({span});
+  expect_known(span);
   return tallies_[span].produced.load();
 }
 
 std::uint64_t Sweep::published(std::uint32_t span) const {
-  expect_known({span});
+  expect_known(span);
   return tallies_[span].published.load();
 }
 

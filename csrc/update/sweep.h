@@ -104,6 +104,7 @@ class Sweep {
   struct Tally {
     std::atomic<std::uint64_t> produced{0}, taken{0}, published{0}, applied{0};
   };
+  void expect_known(std::uint32_t span) const;
   void expect_known(const std::vector<std::uint32_t>& spans) const;
   template <typename One>
   void open_all(const std::vector<std::uint32_t>& spans, const One& open_one);

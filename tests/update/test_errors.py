@@ -8,6 +8,7 @@ import gc
 import math
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,30 @@ def test_closing_ends_what_is_in_flight_and_fails_what_is_queued(tmp_path: Path,
             assert "closed" in str(error)  # noqa: PT017
             closed += 1
     assert 0 < closed < len(tickets)
+
+
+def test_other_threads_run_while_an_updater_ends(tmp_path: Path) -> None:
+    """It waits for what is in flight, and must not keep the interpreter from others meanwhile."""
+    slow = native.FaultPlan(delay=1.0, delay_seconds=0.4)
+    spans = Spans(tmp_path, ALONE[:1], faults=slow, blank=True)
+    spans.submit([0])
+    time.sleep(0.02)
+    moments: list[float] = []
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(0.002):
+            moments.append(time.monotonic())
+
+    other = threading.Thread(target=tick)
+    other.start()
+    start = time.monotonic()
+    spans.updater = None
+    end = time.monotonic()
+    ended.set()
+    other.join()
+    assert end - start > 0.2, "there was something to wait for"
+    assert sum(start < moment < end for moment in moments) >= 5
 
 
 def test_ticket_that_is_not_done_in_time_names_what_was_waited_for(tmp_path: Path) -> None:
