@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,6 +141,8 @@ class _Forked:
             os.environ.setdefault(name, value)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "transformers.models.gpt2.modeling_gpt2"])
+        atexit.unregister(_end_helpers)  # once, however many workers there are
+        atexit.register(_end_helpers)
         # A daemon: should the benchmark forget it, it is ended and not waited for.
         process = context.Process(target=_become, args=(module, argument, [DupFd(file) for file in files]), daemon=True)
         process.start()
@@ -148,6 +152,13 @@ class _Forked:
     def wait(self, seconds: float) -> int | None:
         self._process.join(seconds)
         return self._process.exitcode
+
+
+def _end_helpers() -> None:
+    """Ends what multiprocessing keeps beside this process, and waits for it: left to see by itself that this process
+    is gone, it is there a moment longer, and a zombie where nobody collects orphans."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
 def _become(module: str, argument: str, files: list[Any]) -> None:
