@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 
@@ -22,6 +23,17 @@ def machine_facts(path: str) -> dict[str, str | int]:
         "file_system": file_system(path),
         "device": model or (block.resolve().name if block.exists() else "unknown"),
     }
+
+
+def source_commit(folder: Path) -> str:
+    """Short hash of the commit that the sources around ``folder`` are of, with ``-dirty`` where files have changed
+    since; "unknown" outside a repository, and without git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _first_line(path: Path) -> str:

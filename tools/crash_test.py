@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ from crash.case import Case, Outcome, Reference, run_case, run_reference  # noqa
 from crash.life import prepare  # noqa: E402
 from crash.variants import VARIANTS, write_corpus  # noqa: E402
 
-from io_engine.machine import machine_facts  # noqa: E402
+from io_engine.machine import machine_facts, source_commit  # noqa: E402
 
 Planned = tuple[int, str, Case, str | None]  # number, which moments, case, broken rule
 Found = tuple[str, Case, Outcome]
@@ -163,10 +162,7 @@ def report_failures(found: list[Found], broken: str | None) -> list[dict[str, st
 
 
 def machine(folder: Path) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return {**machine_facts(str(folder)), "release": platform.release(), "commit": commit.stdout.strip() or "unknown"}
+    return {**machine_facts(str(folder)), "release": platform.release(), "commit": source_commit(ROOT)}
 
 
 def arguments_of() -> argparse.Namespace:

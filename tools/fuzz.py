@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from io_engine.machine import source_commit  # noqa: E402
 from tests.fuzz.campaign import MAX_FAILURES, Outcome, run_campaign, write  # noqa: E402
 from tests.fuzz.guard import Failure  # noqa: E402
 from tests.fuzz.mutations import mutated  # noqa: E402
@@ -116,15 +116,12 @@ def machine() -> dict[str, str | int]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "cpu": names[0] if names else platform.processor(),
         "cpus": len(names) or 1,
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": source_commit(ROOT),
     }
 
 

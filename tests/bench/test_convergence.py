@@ -114,6 +114,7 @@ def test_complete_table_is_shown_without_a_run_and_compared_at_its_modes_pace(ou
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["runs"] == before["runs"], "they keep the times that they had"
+    assert {"date", "commit", "machine"} == found["pace"]["circumstances"].keys()
     pace = found["pace"]["step_seconds"]
     assert pace.keys() == {"sync", "bounded-1"}
     assert found["comparison"]["equal_seconds"] == {"1": pytest.approx(12 * min(pace["sync"] + pace["bounded-1"]))}
@@ -179,12 +180,15 @@ def test_times_at_the_measured_pace_are_steps_at_its_median(monkeypatch: pytest.
     from bench.convergence.pace import Pace, at_pace
 
     curve = [{"step": step, "seconds": 9.0 * step, "validation_loss": 5.0} for step in (0, 4, 8)]
-    runs = [{"mode": mode, "steps": 8, "training_seconds": 72.0, "curve": curve} for mode in ("sync", "lock-free")]
+    times = {"steps": 8, "training_seconds": 72.0, "stall_seconds": 36.0, "drain_seconds": 18.0}
+    runs = [{"mode": mode, **times, "curve": curve} for mode in ("sync", "lock-free")]
     assert at_pace(runs, None) == runs
-    sync, other = at_pace(runs, Pace(10, {"sync": [0.5, 0.25, 4.0]}))
-    assert other == runs[1]
+    pace = Pace(10, {"sync": [0.5, 0.25, 4.0]}, {})
+    assert at_pace(runs, pace) == runs, "times of both kinds do not compare"
+    (sync,) = at_pace(runs[:1], pace)
     assert sync["training_seconds"] == 4.0
     assert [point["seconds"] for point in sync["curve"]] == [0.0, 2.0, 4.0]
+    assert (sync["stall_seconds"], sync["drain_seconds"]) == (2.0, 1.0), "shares of the time stay"
     assert runs[0]["training_seconds"] == 72.0
 
 

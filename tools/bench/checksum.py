@@ -17,7 +17,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +26,8 @@ import angelptm_native as native
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from io_engine.machine import source_commit
 
 PAGE_BYTES = 4 << 20
 HUGE_PAGE_BYTES = 2 << 20
@@ -99,14 +100,11 @@ def machine() -> dict[str, str | int]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "cpu": names[0] if names else platform.processor(),
         "cpus": len(names) or 1,
         "implementation": native.crc32c_implementation(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": source_commit(Path(__file__).parent),
     }
 
 

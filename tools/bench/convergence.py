@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -51,7 +50,7 @@ from bench.convergence.table import show  # noqa: E402
 from bench.step.process import Worker, WorkerError  # noqa: E402
 
 from io_engine.errors import IoError  # noqa: E402
-from io_engine.machine import machine_facts  # noqa: E402
+from io_engine.machine import machine_facts, source_commit  # noqa: E402
 from io_engine.plot import require_matplotlib  # noqa: E402
 
 
@@ -142,11 +141,6 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     return {**{name: getattr(options, name) for name in (*names, *more)}, "warmup_steps": max(1, options.steps // 20)}
 
 
-def commit() -> str:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
 def run_one(mode: str, seed: int, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Trains in a process of its own and tells what is reached on standard error."""
     name = f"{mode} seed {seed}"
@@ -168,20 +162,24 @@ def measure(options: argparse.Namespace, runs: Runs, folder: Path) -> dict[str, 
 
     def others() -> dict[str, Any]:
         missing = runs.missing(options.modes, seeds)
-        comparison = compare(at_pace(runs.all, runs.pace), options.modes)
+        comparison = compare(at_pace(runs.of(options.modes), runs.pace), options.modes)
         return {"modes": options.modes, "missing": missing, "comparison": comparison}
 
-    for mode, seed in runs.missing(options.modes, seeds):
-        facts = {
+    def circumstances() -> dict[str, Any]:
+        return {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
+            "commit": source_commit(ROOT),
             "machine": machine_facts(str(options.folder)),
         }
-        run = {"mode": mode, "seed": seed, **facts, **run_one(mode, seed, runs.settings, folder)}
+
+    for mode, seed in runs.missing(options.modes, seeds):
+        run = {"mode": mode, "seed": seed, **circumstances(), **run_one(mode, seed, runs.settings, folder)}
         runs.all.append(run)
         runs.write(others())
     if options.pace is not None:
-        runs.pace = measure_pace(options.modes, runs.settings, folder, options.pace, options.pace_steps)
+        runs.pace = measure_pace(
+            options.modes, runs.settings, folder, options.pace, options.pace_steps, circumstances()
+        )
         runs.write(others())
     return runs.content(others())
 

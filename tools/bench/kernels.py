@@ -22,7 +22,6 @@ import itertools
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from angelptm import kernels
+from io_engine.machine import source_commit
 
 BF16, F32 = native.DType.BF16, native.DType.F32
 ITEMSIZE = {F32: 4, BF16: 2}
@@ -230,15 +230,12 @@ def machine() -> dict[str, str | int]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "cpu": names[0] if names else platform.processor(),
         "cpus": len(names) or 1,
         "isa": native.isa_name(native.isa_in_use()),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": source_commit(Path(__file__).parent),
     }
 
 

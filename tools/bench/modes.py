@@ -37,7 +37,7 @@ from bench.step.training import Work  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from io_engine.machine import machine_facts  # noqa: E402
+from io_engine.machine import machine_facts, source_commit  # noqa: E402
 
 MIB = 2**20
 DRAM = "torch in DRAM"
@@ -216,6 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     found["machine"] = machine_facts(str(options.folder))
+    found["commit"] = source_commit(ROOT)
     found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")

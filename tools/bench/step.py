@@ -23,7 +23,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -47,7 +46,7 @@ from bench.step.rounds import Rounds  # noqa: E402
 from bench.step.table import show  # noqa: E402
 from bench.step.training import Work  # noqa: E402
 
-from io_engine.machine import machine_facts  # noqa: E402
+from io_engine.machine import machine_facts, source_commit  # noqa: E402
 
 
 def at_least_one(text: str) -> int:
@@ -84,9 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def versions() -> dict[str, str]:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {"torch": metadata.version("torch"), "platform": platform.platform(), "commit": commit or "unknown"}
+    return {"torch": metadata.version("torch"), "platform": platform.platform(), "commit": source_commit(ROOT)}
 
 
 def write_values(work: Work) -> dict[str, int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,25 @@ _WARM_UP = 16
 
 @dataclass(frozen=True)
 class Pace:
-    """``step_seconds``: mode → seconds of a step in each round."""
+    """``step_seconds``: mode → seconds of a step in each round, in blocks of ``steps``. ``circumstances``: when, on
+    what, of which version."""
 
     steps: int
     step_seconds: dict[str, list[float]]
+    circumstances: dict[str, Any]
 
     def of(self, mode: str) -> float:
         return statistics.median(self.step_seconds[mode])
 
 
-def measure_pace(modes: Sequence[str], settings: dict[str, Any], folder: Path, rounds: int, steps: int) -> Pace:
+def measure_pace(
+    modes: Sequence[str],
+    settings: dict[str, Any],
+    folder: Path,
+    rounds: int,
+    steps: int,
+    circumstances: dict[str, Any],
+) -> Pace:
     """Raises WorkerError."""
     workers: dict[str, Worker] = {}
     found: dict[str, list[float]] = {mode: [] for mode in modes}
@@ -48,19 +57,23 @@ def measure_pace(modes: Sequence[str], settings: dict[str, Any], folder: Path, r
     finally:
         for worker in workers.values():
             worker.stop()
-    return Pace(steps, found)
+    return Pace(steps, found, circumstances)
 
 
-def at_pace(runs: Iterable[dict[str, Any]], pace: Pace | None) -> list[dict[str, Any]]:
-    """The runs with the times that they would have had at their mode's measured pace; those of other modes stay."""
-    return [
-        run if pace is None or run["mode"] not in pace.step_seconds else _at(run, pace.of(run["mode"])) for run in runs
-    ]
+def at_pace(runs: Sequence[dict[str, Any]], pace: Pace | None) -> list[dict[str, Any]]:
+    """The runs with the times that they would have had at their mode's measured pace. As they are where the pace of one
+    of their modes was not measured, since times of both kinds do not compare."""
+    if pace is None or any(run["mode"] not in pace.step_seconds for run in runs):
+        return list(runs)
+    return [_at(run, pace.of(run["mode"])) for run in runs]
 
 
 def _at(run: dict[str, Any], step_seconds: float) -> dict[str, Any]:
+    """Shares of the time stay what they were."""
+    seconds = run["steps"] * step_seconds
+    rest = {name: run[name] * seconds / run["training_seconds"] for name in ("stall_seconds", "drain_seconds")}
     curve = [{**point, "seconds": point["step"] * step_seconds} for point in run["curve"]]
-    return {**run, "curve": curve, "training_seconds": run["steps"] * step_seconds}
+    return {**run, **rest, "curve": curve, "training_seconds": seconds}
 
 
 def main() -> None:

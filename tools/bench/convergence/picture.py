@@ -22,10 +22,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     settings, comparison = found["settings"], found["comparison"]
     seeds, equal = comparison["seeds"], comparison["equal_seconds"]
-    all_runs = at_pace(found["runs"], Pace(**found["pace"]) if found["pace"] else None)
+    compared = [one["mode"] for one in comparison["modes"]]
+    pace = Pace(**found["pace"]) if found["pace"] else None
+    all_runs = at_pace([run for run in found["runs"] if run["mode"] in compared], pace)
     figure, (tokens, seconds) = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
     shown: list[float] = []
-    for index, mode in enumerate(one["mode"] for one in comparison["modes"]):
+    for index, mode in enumerate(compared):
         runs = [run for run in all_runs if run["mode"] == mode and run["seed"] in seeds]
         per_step = settings["batch"] * settings["sequence"]
         steps = np.array(column(runs[0], "step"))

@@ -40,6 +40,9 @@ class Runs:
         there = {(run["mode"], run["seed"]) for run in self.all}
         return [one for one in _rotated(modes, seeds) if one not in there]
 
+    def of(self, modes: Sequence[str]) -> list[dict[str, Any]]:
+        return [run for run in self.all if run["mode"] in modes]
+
     def write(self, others: dict[str, Any]) -> None:
         """Replaces the file: whatever happens meanwhile, it is the former one or all of the new. ``others`` goes
         beside all runs."""
