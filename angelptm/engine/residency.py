@@ -163,15 +163,27 @@ class Residency:
             start = time.perf_counter()
             swept.wait_until_current_enough(unit)
             self._stalled("update", unit, start)
-            state.stale = True
-            self._renew(unit, urgent=True)
-            if state.arriving is not None:
-                self._await(unit, state)
-            lag = swept.lag(unit, state.held)
+            lag = self._change_to_newest(swept, unit, state)
+        elif lag > 0 and swept.patience.left > 0:
+            start = time.perf_counter()
+            came = swept.wait_patiently(unit)
+            self._stalled("update", unit, start)
+            if came:
+                lag = self._change_to_newest(swept, unit, state)
+            swept.patience.spend(time.perf_counter() - start)
         state.seen = True
         swept.used(unit, state.held)
         if torch.is_grad_enabled():
             swept.staleness[unit][lag] += 1
+
+    def _change_to_newest(self, swept: SweptUpdates, unit: int, state: _State) -> int:
+        """Returns how many gradients these lack."""
+        state.stale = True
+        self._renew(unit, urgent=True)
+        if state.arriving is not None:
+            self._await(unit, state)
+        assert state.held is not None, "just renewed"
+        return swept.lag(unit, state.held)
 
     def _renew(self, unit: int, *, urgent: bool) -> None:
         """Brings the newest parameters to where the unit is, those pages that have changed."""
@@ -268,6 +280,8 @@ class Residency:
         """Between two steps: from here on a unit may change to newer parameters at its next use."""
         for state in self._units:
             state.in_graph = False
+        if self._swept is not None:
+            self._swept.patience.begin_step()
         self.renew()
 
     def renew(self) -> None:

@@ -53,6 +53,24 @@ class Held:
     included: tuple[int, ...]
 
 
+class Patience:
+    """Seconds for which a step may stand still for parameters that lack gradients, though it might use them."""
+
+    def __init__(self, share: float) -> None:
+        """``share`` of the duration of the step before; what a step leaves is not the next one's."""
+        self._share = share
+        self._began = time.perf_counter()
+        self.left = 0.0
+
+    def begin_step(self) -> None:
+        now = time.perf_counter()
+        self.left = self._share * (now - self._began)
+        self._began = now
+
+    def spend(self, seconds: float) -> None:
+        self.left = max(0.0, self.left - seconds)
+
+
 @dataclass(frozen=True)
 class UpdateFacts:
     """``gradients``: of spans, produced, taken, applied. ``staleness``: unit → how often a step computed with
@@ -101,6 +119,7 @@ class SweptUpdates(Updates):
         self._from_step = plan.grad_sets == 2
         self.most_behind = update.most_behind
         """Steps whose gradients the parameters that compute may lack; None for any number."""
+        self.patience = Patience(0.0 if update.replay is not None else update.waits_share)
         self._spans = [list(range(first, first + len(unit.spans))) for first, unit in zip(self._first_span, plan.units)]
         self._first_versions: dict[int, tuple[int, ...]] = {}  # unit → of its pages, before any update
         self._events = self._open_events(update)
@@ -248,6 +267,14 @@ class SweptUpdates(Updates):
         what = f"gradients of unit {self._name(unit)} to be in its parameters"
         self._updater.wait_published(self._spans[unit], self.most_behind, what)
         self.gate_seconds += time.perf_counter() - start
+
+    def wait_patiently(self, unit: int) -> bool:
+        """Waits as long as there is patience left, and says whether what is published now lacks no gradient."""
+        assert self._updater is not None, "not closed"
+        start = time.perf_counter()
+        came: bool = self._updater.wait_all_published(self._spans[unit], self.patience.left)
+        self.gate_seconds += time.perf_counter() - start
+        return came
 
     def come_to(self, unit: int) -> None:
         if self._updater is not None:

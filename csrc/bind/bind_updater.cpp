@@ -87,6 +87,12 @@ void bind_sweep(py::module_& module, UpdaterClass& updater) {
           },
           py::arg("spans"), py::arg("most_behind"), py::arg("what"), Release())
       .def(
+          "wait_all_published",
+          [](Updater& self, const Spans& spans, double seconds) {
+            return self.sweep().wait_all_published(spans, seconds);
+          },
+          py::arg("spans"), py::arg("seconds"), Release())
+      .def(
           "wait_applied",
           [](Updater& self, const Spans& spans, const std::vector<std::uint64_t>& counts, const std::string& what) {
             self.sweep().wait_applied(spans, counts, what);

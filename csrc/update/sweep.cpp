@@ -62,17 +62,23 @@ void Sweep::progressed() {
 }
 
 template <typename Done>
-void Sweep::wait(const Done& done, const std::string& what) {
+bool Sweep::wait_within(double seconds, const Done& done) {
   std::unique_lock lock(mutex_);
   const auto over = [&] { return failed_ || done(); };
   bool came = over();
   if (!came) {
     if (waiting_++ == 0 && on_waiting) on_waiting(true);
-    came = progress_.wait_until(lock, deadline_after(deadline_seconds_), over);
+    came = progress_.wait_until(lock, deadline_after(seconds), over);
     if (--waiting_ == 0 && on_waiting) on_waiting(false);
   }
   if (failed_) std::rethrow_exception(failed_);
-  if (!came) throw DeadlineError("waited " + std::to_string(deadline_seconds_) + " s for " + what);
+  return came;
+}
+
+template <typename Done>
+void Sweep::wait(const Done& done, const std::string& what) {
+  if (!wait_within(deadline_seconds_, done))
+    throw DeadlineError("waited " + std::to_string(deadline_seconds_) + " s for " + what);
 }
 
 // All of them or none: a box that stays held would never be taken.
@@ -187,17 +193,22 @@ void Sweep::hand_over(const std::vector<Piece>& pieces, const std::vector<kernel
   if (on_gradients) on_gradients();
 }
 
+bool Sweep::are_published(const std::vector<std::uint32_t>& spans, std::uint32_t most_behind) const {
+  return std::all_of(spans.begin(), spans.end(), [&](std::uint32_t span) {
+    const Tally& tally = tallies_[span];
+    return tally.produced.load() <= tally.published.load() + most_behind;
+  });
+}
+
 void Sweep::wait_published(const std::vector<std::uint32_t>& spans, std::uint32_t most_behind,
                            const std::string& what) {
   expect_known(spans);
-  wait(
-      [&] {
-        return std::all_of(spans.begin(), spans.end(), [&](std::uint32_t span) {
-          const Tally& tally = tallies_[span];
-          return tally.produced.load() <= tally.published.load() + most_behind;
-        });
-      },
-      what);
+  wait([&] { return are_published(spans, most_behind); }, what);
+}
+
+bool Sweep::wait_all_published(const std::vector<std::uint32_t>& spans, double seconds) {
+  expect_known(spans);
+  return wait_within(seconds, [&] { return are_published(spans, 0); });
 }
 
 bool Sweep::are_applied(const std::vector<std::uint32_t>& spans, const std::vector<std::uint64_t>& counts) const {

@@ -61,6 +61,8 @@ class Sweep {
   void hand_over(const std::vector<Piece>& pieces, const std::vector<kernels::Hyper>& hypers, bool from_step);
   // Returns when the published parameters of the spans lack at most `most_behind` of the gradients handed over.
   void wait_published(const std::vector<std::uint32_t>& spans, std::uint32_t most_behind, const std::string& what);
+  // Returns when they lack none, or after so many seconds, and says whether they lack none.
+  bool wait_all_published(const std::vector<std::uint32_t>& spans, double seconds);
   // Returns when so many gradients of each are applied and the states written. Any thread.
   void wait_applied(const std::vector<std::uint32_t>& spans, const std::vector<std::uint64_t>& counts,
                     const std::string& what);
@@ -110,6 +112,9 @@ class Sweep {
   void open_all(const std::vector<std::uint32_t>& spans, const One& open_one);
   void progressed();
   void await_whole_taken(const std::vector<std::uint32_t>& spans);
+  bool are_published(const std::vector<std::uint32_t>& spans, std::uint32_t most_behind) const;
+  template <typename Done>
+  bool wait_within(double seconds, const Done& done);
   template <typename Done>
   void wait(const Done& done, const std::string& what);
   pages::Frame unread(pages::Frame frame);

@@ -98,6 +98,8 @@ def test_optimizer_defaults_follow_the_type(kind: str, betas: tuple[float, float
         ("update.max_staleness=2", ["update.max_staleness", "null", "update.mode: bounded"]),
         ("update={mode: lock_free, max_staleness: 1}", ["update.max_staleness", "bounded"]),
         ("update={mode: bounded, max_staleness: -1}", ["update.max_staleness", "0"]),
+        ("update={mode: bounded, patience: 1.5}", ["update.patience", "1"]),
+        ("update={mode: lock_free, patience: 0.1}", ["update.patience", "null", "update.mode: bounded"]),
         ("io.backend=libaio", ["io.backend", "'uring'"]),
         ("io.queue_depth=0", ["io.queue_depth", "at least 1"]),
         ("io=", ["config: io", "a mapping with the keys backend"]),

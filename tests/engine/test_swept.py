@@ -15,6 +15,7 @@ from torch import nn
 from angelptm import initialize
 from angelptm.config import load_config
 from angelptm.engine import Engine
+from angelptm.engine.sweeping import Patience
 from angelptm.errors import AngelPTMError, ConfigError, NonFiniteError
 from io_engine import IoError
 
@@ -31,8 +32,9 @@ KEYS: dict[str, dict[str, Any]] = {
 }
 ROOM = {"tight": 0, "roomy": 8 * 2**20}
 MODES: dict[str, dict[str, Any]] = {
-    "bounded-1": {"mode": "bounded", "max_staleness": 1},
-    "bounded-3": {"mode": "bounded", "max_staleness": 3},
+    "bounded-1": {"mode": "bounded", "max_staleness": 1, "patience": 0},
+    "bounded-3": {"mode": "bounded", "max_staleness": 3, "patience": 0},
+    "patient": {"mode": "bounded", "max_staleness": 3, "patience": 0.5},
     "lock-free": {"mode": "lock_free"},
 }
 
@@ -67,6 +69,36 @@ def test_a_bound_of_zero_is_exact_in_bf16(make_both: MakeBoth) -> None:
     train_both(engine, reference, GPT2, 10)
     engine.drain()
     assert_same_parameters(engine, reference)
+
+
+@pytest.mark.parametrize("device", ROOM.values(), ids=ROOM.keys())
+def test_patience_without_end_is_exact(make_both: MakeBoth, device: int) -> None:
+    """Every use waits for what its parameters lack, and changes to them though others were fetched ahead."""
+    update = {"mode": "bounded", "max_staleness": 5, "patience": 1}
+    engine, reference = make_both(GPT2.model(), placement=STATES["ssd"], update=update, device=device)
+    assert engine._swept is not None
+    engine._swept.patience._share = 1e9
+    train_both(engine, reference, GPT2, 10)
+    engine.drain()
+    assert_same_parameters(engine, reference)
+    assert set().union(*engine.staleness()) == {0}
+
+
+def test_patience_is_a_share_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr("angelptm.engine.sweeping.time.perf_counter", lambda: now)
+    patience = Patience(0.05)
+    assert patience.left == 0.0
+    now = 14.0
+    patience.begin_step()
+    assert patience.left == pytest.approx(0.2)
+    patience.spend(0.15)
+    assert patience.left == pytest.approx(0.05)
+    patience.spend(0.15)
+    assert patience.left == 0.0
+    now = 15.0
+    patience.begin_step()
+    assert patience.left == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("device", ["tight", "roomy"])

@@ -254,6 +254,19 @@ def test_bound_is_waited_for_as_long_as_it_is_broken(tmp_path: Path, most_behind
     spans.close()
 
 
+def test_whoever_waits_a_while_is_told_whether_all_is_published(tmp_path: Path) -> None:
+    spans = Swept(tmp_path, on_host(3), rule=SGD, ring_depth=1)
+    with spans.busy([2], hypers_of(SGD, 1)):
+        spans.give([0], hypers_of(SGD, 2), from_step=True)
+        start = time.monotonic()
+        assert not spans.sweep.wait_all_published([1, 0], 0.05)
+        assert 0.05 <= time.monotonic() - start < DEADLINE
+        assert not spans.sweep.wait_all_published([0], 0.0)
+        assert spans.sweep.wait_all_published([1], 0.0)
+    assert spans.sweep.wait_all_published([1, 0], DEADLINE)
+    spans.close()
+
+
 WAITS: dict[str, Callable[[native.Updater], None]] = {
     "open_empty": lambda updater: updater.open_empty([1, 0], "what is named"),
     "wait_published": lambda updater: updater.wait_published([0], 0, "what is named"),

@@ -9,6 +9,8 @@ from typing_extensions import Self
 
 from angelptm.config.schema.types import Section, UserPath, expected
 
+_PATIENCE = 0.05  # of a step
+
 
 def _count(value: Any) -> Any:
     if value == "auto":
@@ -34,6 +36,13 @@ class Update(Section):
     )
     max_staleness: int | None = Field(
         default=None, ge=0, description="mode bounded: steps whose gradients parameters may lack. null: 1."
+    )
+    patience: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="mode bounded: share of a step's time for which it may wait for parameters that lack gradients, "
+        "before it computes with them as they are. null: 0.05.",
     )
     gradients: Literal["mean", "sum"] = Field(
         default="mean",
@@ -68,19 +77,25 @@ class Update(Section):
                     key=f"update.{name}",
                     value=str(getattr(self, name)),
                 )
-        if self.max_staleness is not None and self.mode != "bounded":
-            raise expected(
-                f"null with update.mode: {self.mode}",
-                key="update.max_staleness",
-                value=self.max_staleness,
-                remedy="Set update.mode: bounded.",
-            )
+        for name in ("max_staleness", "patience"):
+            if getattr(self, name) is not None and self.mode != "bounded":
+                raise expected(
+                    f"null with update.mode: {self.mode}",
+                    key=f"update.{name}",
+                    value=getattr(self, name),
+                    remedy="Set update.mode: bounded.",
+                )
         return self
 
     @property
     def is_swept(self) -> bool:
         """Whether updating threads take gradients when they come to them, instead of the computing thread's waiting."""
         return self.mode != "sync"
+
+    @property
+    def waits_share(self) -> float:
+        """Of a step's time, for parameters that it might use as they are."""
+        return (_PATIENCE if self.patience is None else self.patience) if self.mode == "bounded" else 0.0
 
     @property
     def most_behind(self) -> int | None:
