@@ -3,6 +3,7 @@ round, and computing goes on with the newest parameters that are published."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -57,15 +58,18 @@ class Patience:
     """Seconds for which a step may stand still for parameters that lack gradients, though it might use them."""
 
     def __init__(self, share: float) -> None:
-        """``share`` of the duration of the step before; what a step leaves is not the next one's."""
+        """``share`` of the shorter of the two steps before, since between two steps there may be an evaluation; what a
+        step leaves is not the next one's."""
         self._share = share
         self._began = time.perf_counter()
+        self._lasted = math.inf
         self.left = 0.0
 
     def begin_step(self) -> None:
         now = time.perf_counter()
-        self.left = self._share * (now - self._began)
-        self._began = now
+        lasted = now - self._began
+        self.left = self._share * min(lasted, self._lasted)
+        self._began, self._lasted = now, lasted
 
     def spend(self, seconds: float) -> None:
         self.left = max(0.0, self.left - seconds)

@@ -37,6 +37,8 @@ MODES: dict[str, dict[str, Any]] = {
     "patient": {"mode": "bounded", "max_staleness": 3, "patience": 0.5},
     "lock-free": {"mode": "lock_free"},
 }
+# In which something is late in every run, so that there is something to replay.
+IMPATIENT = {name: mode for name, mode in MODES.items() if name != "patient"}
 
 
 def exact(**update: Any) -> dict[str, Any]:
@@ -99,6 +101,9 @@ def test_patience_is_a_share_of_the_step_before(monkeypatch: pytest.MonkeyPatch)
     now = 15.0
     patience.begin_step()
     assert patience.left == pytest.approx(0.05)
+    now = 75.0  # there was an evaluation
+    patience.begin_step()
+    assert patience.left == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("device", ["tight", "roomy"])
@@ -135,7 +140,7 @@ def _frozen_in_places() -> nn.Module:
 
 
 @pytest.mark.parametrize("device", ROOM.values(), ids=ROOM.keys())
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+@pytest.mark.parametrize("mode", IMPATIENT.values(), ids=IMPATIENT.keys())
 def test_a_replay_gives_the_bits_of_what_was_recorded(
     mode: dict[str, Any], device: int, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
