@@ -324,7 +324,8 @@ def test_split_masters_take_the_steps_of_fp32_masters(name):
     param = np.zeros(count, np.uint16)
     for step in range(20):
         grad = floats(rng, count, special=0)
-        kernels.step(HYPERS[name], *plain, grad, param)
+        addresses = [array.ctypes.data for array in (*plain, grad)]
+        native.step(HYPERS[name], *addresses, native.DType.F32, param.ctypes.data, native.DType.BF16, count)
         for states in both:
             states.step(HYPERS[name], grad, key=step)
     for states in both:
