@@ -7,6 +7,8 @@
 
 #include "bind/bind.h"
 #include "kernels/ceiling.h"
+#include "kernels/codec.h"
+#include "kernels/compact.h"
 #include "kernels/dtype.h"
 #include "kernels/gradient.h"
 #include "kernels/optimizer.h"
@@ -70,6 +72,76 @@ void bind_ceiling(py::module_& module) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_codec(py::module_& module) {
+  using kernels::MasterFormat;
+  using kernels::Moment;
+  using kernels::MomentCodes;
+  using kernels::MomentFormat;
+  py::enum_<MasterFormat>(module, "MasterFormat").value("F32", MasterFormat::kF32).value("SPLIT", MasterFormat::kSplit);
+  py::enum_<MomentFormat>(module, "MomentFormat")
+      .value("F32", MomentFormat::kF32)
+      .value("BF16", MomentFormat::kBf16)
+      .value("INT8", MomentFormat::kInt8);
+  py::enum_<Moment>(module, "Moment").value("EXP_AVG", Moment::kExpAvg).value("EXP_AVG_SQ", Moment::kExpAvgSq);
+  module.attr("BLOCK8") = kernels::kBlock8;
+  py::class_<MomentCodes>(module, "MomentCodes")
+      .def(py::init([](MomentFormat format, std::uintptr_t values, std::uintptr_t scales) {
+             return MomentCodes{format, pointer<void>(values), pointer<float>(scales)};
+           }),
+           py::arg("format"), py::arg("values"), py::arg("scales") = 0);
+  module.def("rounding_key", &kernels::rounding_key, py::arg("seed"), py::arg("step"), py::arg("unit"));
+  module.def(
+      "decode",
+      [](Moment moment, const MomentCodes& codes, std::uintptr_t to, std::size_t count) {
+        kernels::decode(moment, codes, pointer<float>(to), count);
+      },
+      py::arg("moment"), py::arg("codes"), py::arg("to"), py::arg("count"), py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "encode",
+      [](Moment moment, std::uintptr_t from, const MomentCodes& codes, std::size_t count, std::uint32_t key,
+         std::uint32_t first_element) {
+        kernels::encode(moment, pointer<const float>(from), codes, count, {key, first_element});
+      },
+      py::arg("moment"), py::arg("from_"), py::arg("codes"), py::arg("count"), py::arg("key"), py::arg("first_element"),
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "join_master",
+      [](std::uintptr_t param, std::uintptr_t remainder, std::uintptr_t master, std::size_t count) {
+        kernels::join_master(pointer<const std::uint16_t>(param), pointer<const std::int16_t>(remainder),
+                             pointer<float>(master), count);
+      },
+      py::arg("param"), py::arg("remainder"), py::arg("master"), py::arg("count"),
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "split_master",
+      [](std::uintptr_t master, std::uintptr_t param, std::uintptr_t remainder, std::size_t count) {
+        kernels::split_master(pointer<const float>(master), pointer<std::uint16_t>(param),
+                              pointer<std::int16_t>(remainder), count);
+      },
+      py::arg("master"), py::arg("param"), py::arg("remainder"), py::arg("count"),
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "step_compact",
+      [](const kernels::Hyper& hyper, MasterFormat master_format, std::uintptr_t master, const MomentCodes& exp_avg,
+         const MomentCodes& exp_avg_sq, std::uintptr_t grad, DType grad_dtype, std::uintptr_t old_param,
+         std::uintptr_t param, DType param_dtype, std::size_t count, std::uint32_t key, std::uint32_t first_element) {
+        kernels::step(hyper, kernels::CompactRun{master_format,
+                                                 pointer<void>(master),
+                                                 exp_avg,
+                                                 exp_avg_sq,
+                                                 pointer<const void>(grad),
+                                                 pointer<const std::uint16_t>(old_param),
+                                                 pointer<void>(param),
+                                                 count,
+                                                 grad_dtype,
+                                                 param_dtype,
+                                                 {key, first_element}});
+      },
+      py::arg("hyper"), py::arg("master_format"), py::arg("master"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+      py::arg("grad"), py::arg("grad_dtype"), py::arg("old_param"), py::arg("param"), py::arg("param_dtype"),
+      py::arg("count"), py::arg("key"), py::arg("first_element"), py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_gradient(py::module_& module) {
   using kernels::GradStats;
   py::class_<GradStats>(module, "GradStats")
@@ -108,6 +180,7 @@ void bind_kernels(py::module_& module) {
   bind_hyper(module);
   bind_step(module);
   bind_ceiling(module);
+  bind_codec(module);
   bind_gradient(module);
   bind_isa(module);
 }

@@ -23,6 +23,14 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
+#ifdef ANGELPTM_X86_SIMD
+template <class Kernel>
+Kernel* choose(Kernel* scalar, Kernel* avx2, Kernel* avx512) {
+  const Isa isa = isa_in_use();
+  return isa == Isa::kAvx512 ? avx512 : isa == Isa::kAvx2 ? avx2 : scalar;
+}
+#endif
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -61,32 +69,38 @@ void use_isa(Isa isa) {
   chosen().store(isa, std::memory_order_relaxed);
 }
 
-void step(const Hyper& hyper, const Run& run) {
+// Of one kernel's versions that for the instruction set in use.
 #ifdef ANGELPTM_X86_SIMD
-  const Isa isa = isa_in_use();
-  if (isa == Isa::kAvx512) return step_avx512(hyper, run);
-  if (isa == Isa::kAvx2) return step_avx2(hyper, run);
+#define ANGELPTM_CHOOSE(name) choose(name##_scalar, name##_avx2, name##_avx512)
+#else
+#define ANGELPTM_CHOOSE(name) (&name##_scalar)
 #endif
-  return step_scalar(hyper, run);
-}
 
-void memory_ceiling(const Run& run, bool past_cache) {
-#ifdef ANGELPTM_X86_SIMD
-  const Isa isa = isa_in_use();
-  if (isa == Isa::kAvx512) return ceiling_avx512(run, past_cache);
-  if (isa == Isa::kAvx2) return ceiling_avx2(run, past_cache);
-#endif
-  return ceiling_scalar(run, past_cache);
-}
+void step(const Hyper& hyper, const Run& run) { ANGELPTM_CHOOSE(step)(hyper, run); }
+
+void step(const Hyper& hyper, const CompactRun& run) { ANGELPTM_CHOOSE(step_compact)(hyper, run); }
+
+void memory_ceiling(const Run& run, bool past_cache) { ANGELPTM_CHOOSE(ceiling)(run, past_cache); }
 
 GradStats accumulate(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::size_t count, bool add,
                      std::uint64_t first_element) {
-#ifdef ANGELPTM_X86_SIMD
-  const Isa isa = isa_in_use();
-  if (isa == Isa::kAvx512) return accumulate_avx512(dst, dst_dtype, src, src_dtype, count, add, first_element);
-  if (isa == Isa::kAvx2) return accumulate_avx2(dst, dst_dtype, src, src_dtype, count, add, first_element);
-#endif
-  return accumulate_scalar(dst, dst_dtype, src, src_dtype, count, add, first_element);
+  return ANGELPTM_CHOOSE(accumulate)(dst, dst_dtype, src, src_dtype, count, add, first_element);
+}
+
+void decode(Moment moment, const MomentCodes& codes, float* to, std::size_t count) {
+  ANGELPTM_CHOOSE(decode)(moment, codes, to, count);
+}
+
+void encode(Moment moment, const float* from, const MomentCodes& codes, std::size_t count, Rounding rounding) {
+  ANGELPTM_CHOOSE(encode)(moment, from, codes, count, rounding);
+}
+
+void join_master(const std::uint16_t* param, const std::int16_t* remainder, float* master, std::size_t count) {
+  ANGELPTM_CHOOSE(join_master)(param, remainder, master, count);
+}
+
+void split_master(const float* master, std::uint16_t* param, std::int16_t* remainder, std::size_t count) {
+  ANGELPTM_CHOOSE(split_master)(master, param, remainder, count);
 }
 
 }  // namespace angelptm::kernels

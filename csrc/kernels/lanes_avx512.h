@@ -16,6 +16,7 @@ namespace {
 
 struct Avx512Lanes {
   using Float = __m512;
+  using Int = __m512i;
   using Double = __m512d;
   static constexpr std::size_t kFloats = 16;
   static constexpr std::size_t kDoubles = 8;
@@ -58,6 +59,46 @@ struct Avx512Lanes {
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  static Float to_bf16_away(Float a) { return of_bits(both(add(bits(a), all_bits(0x8000u)), all_bits(0xffff0000u))); }
+
+  static Int bits(Float a) { return _mm512_castps_si512(a); }
+  static Float of_bits(Int a) { return _mm512_castsi512_ps(a); }
+  static Int all_bits(std::uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static Int count_from(std::uint32_t first) {
+    return add(all_bits(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  }
+  static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int mul(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+  static Int both(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static Int differing(Int a, Int b) { return _mm512_xor_si512(a, b); }
+  static Int greater_of(Int a, Int b) { return _mm512_max_epu32(a, b); }
+  template <int kBy>
+  static Int left(Int a) {
+    return _mm512_slli_epi32(a, kBy);
+  }
+  template <int kBy>
+  static Int right(Int a) {
+    return _mm512_srli_epi32(a, kBy);
+  }
+  static Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
+  static Int truncate(Float a) { return _mm512_cvttps_epi32(a); }
+  static Float abs(Float a) { return _mm512_abs_ps(a); }
+  static Float lesser_of(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static Int one_if_less(Float a, Float b) {
+    return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), all_bits(1));
+  }
+  static Float negative_if_odd(Float a, Int b) { return of_bits(differing(bits(a), left<31>(b))); }
+  static Int load_codes(const std::int8_t* from) { return _mm512_cvtepi8_epi32(sixteen_bytes(from)); }
+  static Int load_codes(const std::uint8_t* from) { return _mm512_cvtepu8_epi32(sixteen_bytes(from)); }
+  static Int load_codes(const std::int16_t* from) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static void store_codes(std::int8_t* to, Int a) { store_low_bytes(to, a); }
+  static void store_codes(std::uint8_t* to, Int a) { store_low_bytes(to, a); }
+  static void store_codes(std::int16_t* to, Int a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a));
+  }
+  static void store_bits(std::uint32_t* to, Int a) { _mm512_storeu_si512(to, a); }
 
   static void add_squares(Double* sums, Float a) {
     const Double low = _mm512_cvtps_pd(_mm512_castps512_ps256(a));
@@ -69,6 +110,8 @@ struct Avx512Lanes {
   static void store(double* to, Double a) { _mm512_storeu_pd(to, a); }
 
  private:
+  static __m128i sixteen_bytes(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+  static void store_low_bytes(void* to, Int a) { _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a)); }
   static __m256i upper_halves(Float a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a), 16)); }
 };
 

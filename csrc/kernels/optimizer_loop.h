@@ -175,8 +175,7 @@ void sweep_dtypes(const Factors& factors, const Run& run) {
 }
 
 template <class L>
-void step_lanes(const Hyper& hyper, const Run& run) {
-  const Factors factors(hyper);
+void step_with(const Hyper& hyper, const Factors& factors, const Run& run) {
   switch (hyper.rule) {
     case Rule::kAdamW:
       return sweep_dtypes<L, AdamW>(factors, run);
@@ -185,6 +184,11 @@ void step_lanes(const Hyper& hyper, const Run& run) {
     case Rule::kLion:
       return sweep_dtypes<L, Lion>(factors, run);
   }
+}
+
+template <class L>
+void step_lanes(const Hyper& hyper, const Run& run) {
+  step_with<L>(hyper, Factors(hyper), run);
 }
 
 }  // namespace
