@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from angelptm.states.formats import FP32, StateFormats
+
 ALIGN_ELEMENTS = 128
 """Parameters start at multiples of this: 256 bytes in bf16, 512 in fp32."""
 
@@ -24,7 +26,7 @@ class ParamLayout:
     """One parameter's place in its unit.
 
     ``owners`` are the (module name, attribute) pairs that hold it; more than one means tied. ``offset`` counts elements
-    from the unit's start.
+    from the unit's start. ``states`` are the formats of its optimizer states, if it is trained.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ParamLayout:
     offset: int
     trainable: bool
     owners: tuple[tuple[str, str], ...]
+    states: StateFormats = FP32
 
     @property
     def numel(self) -> int:
@@ -61,10 +64,10 @@ class UnitLayout:
 def pack(
     name: str,
     index: int,
-    params: Sequence[tuple[str, tuple[int, ...], bool, tuple[tuple[str, str], ...]]],
+    params: Sequence[tuple[str, tuple[int, ...], bool, tuple[tuple[str, str], ...], StateFormats]],
     page_elements: int,
 ) -> UnitLayout:
-    """Lays (name, shape, trainable, owners) tuples back to back in the order given.
+    """Lays (name, shape, trainable, owners, states) tuples back to back in the order given.
 
     ``page_elements`` is the number of elements of a PARAM page, where the frozen section must start.
     """
@@ -72,9 +75,9 @@ def pack(
 
     def place(trainable: bool, start: int) -> int:
         offset = start
-        for param_name, shape, param_trainable, owners in params:
+        for param_name, shape, param_trainable, owners, states in params:
             if param_trainable is trainable:
-                placed.append(ParamLayout(param_name, shape, offset, trainable, owners))
+                placed.append(ParamLayout(param_name, shape, offset, trainable, owners, states))
                 offset = align_up(offset + math.prod(shape), ALIGN_ELEMENTS)
         return offset
 
