@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 BLOCK8 = 128
@@ -42,13 +41,5 @@ class StateFormats:
             *(4 * -(-count // BLOCK8) for one in moments if one == "int8"),
         ]
 
-    def bytes_per_element(self, moment_count: int) -> float:
-        return sum(self.section_bytes(BLOCK8, moment_count)) / BLOCK8
-
 
 FP32 = StateFormats()
-
-
-def are_compact(formats: Sequence[StateFormats]) -> bool:
-    """Whether a model's states are records: one of its parameters has a state that is not fp32."""
-    return any(one != FP32 for one in formats)

@@ -9,12 +9,13 @@ its own first element and element count alone.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from angelptm.states.formats import FP32, StateFormats
+from angelptm.states.formats import BLOCK8, FP32, StateFormats
 from angelptm.units.layout import ALIGN_ELEMENTS, UnitLayout, align_up
 
 STATE_KINDS = ("MASTER", "EXP_AVG", "EXP_AVG_SQ")
@@ -227,15 +228,13 @@ def choose_page_elements(
     if not are_records(moved):
         return most
     total = sum(count for count, _ in moved)
-    per_element = sum(count * formats.bytes_per_element(moment_count) for count, formats in moved) / total
+    block_bytes = sum(count * sum(one.section_bytes(BLOCK8, moment_count)) for count, one in moved) / total
+    spare = _SPARE if len({formats for _, formats in moved}) > 1 else 0.0
+    on_record = int(page_bytes / block_bytes) * BLOCK8
     step = LEAF_ELEMENTS * max(1, grad_itemsize // param_itemsize)
 
     def frames(elements: int) -> int:
-        return (
-            1
-            + -(-elements * grad_itemsize // page_bytes)
-            + -(-int(elements * per_element * (1 + _SPARE)) // page_bytes)
-        )
+        return 1 + math.ceil(elements * grad_itemsize / page_bytes) + math.ceil(elements * (1 + spare) / on_record)
 
     return min(range(most, 0, -step), key=lambda elements: (frames(elements) / elements, -elements))
 
