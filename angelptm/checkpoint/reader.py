@@ -36,6 +36,7 @@ from angelptm.checkpoint.records import (
 from angelptm.errors import CheckpointError, CorruptPageError
 from angelptm.states.codec import decode
 from angelptm.states.formats import BLOCK8
+from angelptm.states.layout import Piece as StatePiece
 from angelptm.states.layout import UnitFormats, record_pieces
 from io_engine import AlignedBuffer, IoError, Ticket
 
@@ -43,6 +44,7 @@ DEPTH = 8
 """Pages read at once."""
 
 Bytes = npt.NDArray[np.uint8]
+Scales = npt.NDArray[np.float32]
 _NUMPY: dict[Dtype, np.dtype[Any]] = {
     Dtype.FP32: np.dtype("<f4"),
     Dtype.BF16: np.dtype("<u2"),
@@ -146,22 +148,49 @@ class CommitReader:
     def _dtype(self, kind: Kind) -> np.dtype[Any]:
         return _NUMPY[kind_dtype(kind, self.manifest.header.precision)]
 
+    def blocks8(self, name: str, kind: Kind, start: int, count: int) -> tuple[npt.NDArray[np.uint8], Scales]:
+        """A moment that is stored in int8, as it is: (count,) codes, and a scale for each block of them. ``start`` is
+        a multiple of a block, and ``count`` too unless it is what the parameter has left."""
+        codes, scales = [], []
+        for piece, (_, content) in self._records_of(name, start, start + count):
+            low, high = max(piece.start, start), min(piece.start + piece.count, start + count)
+            found, begin = self._place(kind, piece, low)
+            assert found.format == "int8", found.format
+            assert begin % BLOCK8 == 0, "whole blocks"
+            codes.append(content[found.offset + begin :][: high - low].copy())
+            first = found.scales + begin // BLOCK8 * 4
+            scales.append(content[first:][: 4 * -(-(high - low) // BLOCK8)].view("<f4").copy())
+        return np.concatenate(codes), np.concatenate(scales)
+
+    def _records_of(self, name: str, start: int, end: int) -> Iterator[tuple[FoundPiece, tuple[int, Bytes]]]:
+        pieces = [
+            piece
+            for piece in self.manifest.find(name, Kind.STATES)
+            if piece.start < end and piece.start + piece.count > start
+        ]
+        return zip(pieces, self.pages([piece.record for piece in pieces]))
+
+    def _place(self, kind: Kind, piece: FoundPiece, element: int) -> tuple[StatePiece, int]:
+        """Where a record that has a part of a parameter has a state of it, and where in there its ``element`` is."""
+        record = self.manifest.pages[piece.record]
+        begin = piece.offset + element - piece.start  # in the record
+        formats = self._unit_formats[int(record["unit"])]
+        for one in record_pieces(formats, int(record["start"]), int(record["count"])):
+            if one.kind == kind.name and one.start <= begin < one.start + one.count:
+                return one, begin - one.start
+        raise AssertionError(f"a record without {kind.name}")
+
     def _decode(
         self, name: str, kind: Kind, piece: FoundPiece, content: Bytes, low: int, count: int
     ) -> npt.NDArray[np.float32]:
         """(count,) elements of a parameter's state from ``low`` on, out of a record that has them."""
-        record = self.manifest.pages[piece.record]
-        formats = self._unit_formats[int(record["unit"])]
-        begin = piece.offset + low - piece.start  # in the record
-        pieces = record_pieces(formats, int(record["start"]), int(record["count"]))
-        (found,) = [one for one in pieces if one.kind == kind.name and one.start <= begin < one.start + one.count]
-        first = (begin - found.start) // BLOCK8 * BLOCK8  # whole blocks are decoded
-        ahead = begin - found.start - first
+        found, begin = self._place(kind, piece, low)
+        first = begin // BLOCK8 * BLOCK8  # whole blocks are decoded
+        ahead = begin - first
         values = np.empty(ahead + count, np.float32)
         params = None
         if kind is Kind.MASTER and found.format == "split":
-            assert first + ahead == begin - found.start
-            first, values, ahead = first + ahead, values[ahead:], 0
+            first, values, ahead = begin, values[ahead:], 0
             params = self.read(name, Kind.PARAM, low, count)
         decode(
             content.ctypes.data,

@@ -25,10 +25,10 @@ from angelptm.errors import CheckpointError
 from angelptm.pages import Catalogue, CataloguedPage
 from angelptm.plan import Plan
 from angelptm.states.codec import encode
-from angelptm.states.formats import StateFormats
-from angelptm.states.layout import UnitFormats, record_bytes, record_pieces
+from angelptm.states.formats import BLOCK8, StateFormats
+from angelptm.states.layout import Piece, UnitFormats, record_bytes, record_pieces
 from angelptm.units import ParamLayout, UnitLayout
-from angelptm.units.layout import segments_of
+from angelptm.units.layout import Segment, segments_of
 
 _Key = tuple[str, int, tuple[tuple[str, int, int, int, StateFormats | None], ...]]
 
@@ -197,8 +197,13 @@ class Restorer:
         for piece in record_pieces(formats, page.start, page.count):
             if self._weights_only and piece.kind != "MASTER":
                 continue
+            segments = segments_of(layout, page.start + piece.start, piece.count)
+            if piece.format == "int8" and all(self._is_saved_in_int8(one.param, piece.kind) for one in segments):
+                for one in segments:
+                    self._copy_blocks(raw.numpy(), piece, one)
+                continue
             values = torch.zeros(piece.count)
-            for one in segments_of(layout, page.start + piece.start, piece.count):
+            for one in segments:
                 values[one.at : one.at + one.count] = self._read(one.param, piece.kind, one.start, one.count)
             encode(
                 raw.data_ptr(),
@@ -210,6 +215,18 @@ class Restorer:
                 first_element=page.start + piece.start,
             )
         return raw
+
+    def _is_saved_in_int8(self, param: ParamLayout, kind: str) -> bool:
+        saved = self._params[param.name].states.of_rule(self._saved_moments)
+        return {"EXP_AVG": saved.exp_avg, "EXP_AVG_SQ": saved.exp_avg_sq}[kind] == "int8"
+
+    def _copy_blocks(self, raw: np.ndarray, piece: Piece, segment: Segment) -> None:
+        """As they are, since to decode and encode would round again."""
+        codes, scales = self._reader.blocks8(segment.param.name, Kind[piece.kind], segment.start, segment.count)
+        at = piece.offset + segment.at
+        raw[at : at + len(codes)] = codes
+        at = piece.scales + segment.at // BLOCK8 * 4
+        raw[at : at + scales.nbytes] = scales.view(np.uint8)
 
     def _read(self, param: ParamLayout, kind: str, start: int, count: int) -> torch.Tensor:
         """Elements of a parameter; of a trainable one PARAM is its master, to be rounded."""

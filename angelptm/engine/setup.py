@@ -19,7 +19,7 @@ from angelptm.errors import AngelPTMError
 from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, SweepBudget, make_plan
 from angelptm.states.formats import FP32, StateFormats
 from angelptm.states.layout import choose_page_elements
-from angelptm.units import Structure, UnitLayout, find_structure, pack
+from angelptm.units import ParamSpec, Structure, UnitLayout, find_structure, pack
 
 _MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1}
 ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -64,10 +64,11 @@ def lay_out(model: nn.Module, config: Config) -> tuple[Structure, list[UnitLayou
             if not value.is_floating_point():
                 raise AngelPTMError(f"parameter {name}: found {value.dtype}, expected a floating-point parameter")
             shape, trainable = tuple(value.shape), value.requires_grad
-            params.append((name, shape, trainable, tuple(owners), formats.of(name, shape) if trainable else FP32))
+            states = formats.of(name, shape) if trainable else FP32
+            params.append(ParamSpec(name, shape, trainable, tuple(owners), states))
         units.append(params)
     page_elements = choose_page_elements(
-        [(math.prod(shape), states) for params in units for _, shape, trainable, _, states in params if trainable],
+        [(math.prod(spec.shape), spec.states) for params in units for spec in params if spec.trainable],
         page_bytes=config.page_size,
         param_itemsize=ITEMSIZE[config.precision],
         grad_itemsize=ITEMSIZE[grad_precision(config)],

@@ -14,7 +14,7 @@ from angelptm.plan.schedule import Schedule
 from angelptm.plan.simulate import simulate
 from angelptm.plan.trace import Trace
 from angelptm.states.layout import choose_page_elements
-from angelptm.units.layout import pack
+from angelptm.units.layout import ParamSpec, pack
 
 _TIE = 1e-3
 """Candidates whose times differ by less than this part of them are as fast as one another."""
@@ -34,7 +34,7 @@ def plan_from_trace(trace: Trace, budgets: Budgets) -> Plan:
         pack(
             layout.name,
             layout.index,
-            [(param.name, param.shape, param.trainable, param.owners, param.states) for param in layout.params],
+            [ParamSpec(one.name, one.shape, one.trainable, one.owners, one.states) for one in layout.params],
             page_elements,
         )
         for layout in trace.layouts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from angelptm.states.formats import FP32, StateFormats
 
@@ -61,13 +62,18 @@ class UnitLayout:
         return sum(param.numel for param in self.params)
 
 
-def pack(
-    name: str,
-    index: int,
-    params: Sequence[tuple[str, tuple[int, ...], bool, tuple[tuple[str, str], ...], StateFormats]],
-    page_elements: int,
-) -> UnitLayout:
-    """Lays (name, shape, trainable, owners, states) tuples back to back in the order given.
+class ParamSpec(NamedTuple):
+    """A parameter before it has a place; the fields are those of ParamLayout."""
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+    owners: tuple[tuple[str, str], ...]
+    states: StateFormats = FP32
+
+
+def pack(name: str, index: int, params: Sequence[ParamSpec], page_elements: int) -> UnitLayout:
+    """Lays parameters back to back in the order given.
 
     ``page_elements`` is the number of elements of a PARAM page, where the frozen section must start.
     """
@@ -75,10 +81,10 @@ def pack(
 
     def place(trainable: bool, start: int) -> int:
         offset = start
-        for param_name, shape, param_trainable, owners, states in params:
-            if param_trainable is trainable:
-                placed.append(ParamLayout(param_name, shape, offset, trainable, owners, states))
-                offset = align_up(offset + math.prod(shape), ALIGN_ELEMENTS)
+        for spec in params:
+            if spec.trainable is trainable:
+                placed.append(ParamLayout(spec.name, spec.shape, offset, trainable, spec.owners, spec.states))
+                offset = align_up(offset + math.prod(spec.shape), ALIGN_ELEMENTS)
         return offset
 
     trainable_elements = place(True, 0)

@@ -264,7 +264,7 @@ def test_pool_that_is_too_small_for_the_ring_keeps_all_its_frames(tmp_path: Path
 )
 def test_span_whose_pages_do_not_hold_it_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     store = make_store(tmp_path, frames=8)
-    with pytest.raises(ValueError, match="span|split"):
+    with pytest.raises(ValueError, match=r"span|split"):
         updater_of(store, {**span_options(store), **change})
     assert store.host_used_count == 5
 
