@@ -104,7 +104,8 @@ def step(
 
     ``master``, ``exp_avg``, ``exp_avg_sq``: (numel,) float32, read and written; a state that the rule does not keep is
     None (``exp_avg_sq`` for SGD and Lion, ``exp_avg`` too for SGD without momentum). ``grad``: (numel,) float32 or
-    bfloat16. ``param``: (numel,) float32 or bfloat16, written: the new master rounded to nearest even.
+    bfloat16. ``param``: (numel,) float32 or bfloat16, written: the new master rounded to
+    nearest, ties away from zero.
     """
     count = _count(master)
     moments = 0 if hyper.rule == Rule.SGD and hyper.beta1 == 0 else native.moment_count(hyper.rule)

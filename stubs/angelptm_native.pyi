@@ -37,6 +37,8 @@ class Hyper:
     bias_correction1: float
     bias_correction2_sqrt: float
     grad_scale: float
+    seed: int
+    step: int
     def __init__(self) -> None: ...
 
 class MasterFormat(Enum):
@@ -112,6 +114,9 @@ def memory_ceiling(
 def accumulate(
     dst: int, dst_dtype: DType, src: int, src_dtype: DType, count: int, add: bool, first_element: int
 ) -> GradStats: ...
+def accumulate_leaves(
+    dst: int, dst_dtype: DType, src: int, src_dtype: DType, count: int, add: bool, first_element: int
+) -> tuple[list[float], bool]: ...
 def tree_sum(values: Sequence[float], first_index: int = 0) -> float: ...
 def isa_name(isa: Isa) -> str: ...
 def isa_supported(isa: Isa) -> bool: ...
@@ -415,18 +420,36 @@ class Timeline:
 
 # ---- updater (csrc/bind/bind_updater.cpp) ----
 
+class StatePlace:
+    def __init__(self, page: int, offset: int = 0, scales: int = 0) -> None: ...
+
+class StateRun:
+    def __init__(
+        self,
+        *,
+        start: int,
+        count: int,
+        master_format: MasterFormat = ...,
+        exp_avg_format: MomentFormat = ...,
+        exp_avg_sq_format: MomentFormat = ...,
+        master: StatePlace,
+        exp_avg: StatePlace | None,
+        exp_avg_sq: StatePlace | None,
+    ) -> None: ...
+
 class Span:
     def __init__(
         self,
         *,
         elements: int,
-        master: Sequence[int],
-        exp_avg: Sequence[int],
-        exp_avg_sq: Sequence[int],
+        states: Sequence[int],
+        runs: Sequence[StateRun],
         grad: Sequence[int],
         param: int | None,
         device_param: int | None,
         step_grad: Sequence[int] = (),
+        unit: int = 0,
+        first_element: int = 0,
     ) -> None: ...
 
 class SweepOrder:
@@ -465,6 +488,7 @@ class Updater:
         fetcher: Fetcher | None = None,
         memory: object = None,
         sweep: SweepOptions | None = None,
+        grad_page_elements: int = 0,
     ) -> None: ...
     def submit(
         self,

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
 from angelptm.checkpoint.disk import PART_SUFFIX
-from angelptm.checkpoint.export import parts_of, values_of
+from angelptm.checkpoint.export import values_of
 from angelptm.checkpoint.header import ParamRecord
 from angelptm.checkpoint.reader import CommitReader
 from angelptm.checkpoint.records import Kind, moment_kinds
@@ -151,8 +151,8 @@ def _value(reader: CommitReader, param: ParamRecord) -> torch.Tensor:
 
 
 def _moment(reader: CommitReader, param: ParamRecord, kind: Kind) -> torch.Tensor:
-    return _filled(param.shape, torch.float32, parts_of(reader, param.name, kind))
+    return _filled(param.shape, torch.float32, reader.parts(param.name, kind))
 
 
 def _buffer(reader: CommitReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return _filled(shape, dtype, parts_of(reader, name, Kind.BUFFER))
+    return _filled(shape, dtype, reader.parts(name, Kind.BUFFER))

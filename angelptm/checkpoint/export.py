@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from angelptm.checkpoint.header import BufferRecord, ParamRecord
 from angelptm.checkpoint.reader import CommitReader
-from angelptm.checkpoint.records import Dtype, Kind, kind_dtype
+from angelptm.checkpoint.records import Kind
 from angelptm.checkpoint.safetensors_files import DTYPES, TensorEntry, write_safetensors
 from angelptm.errors import CheckpointError
 
@@ -21,11 +21,6 @@ Precision = Literal["fp32", "bf16"]
 Array = npt.NDArray[Any]
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
-_NUMPY: dict[Dtype, np.dtype[Any]] = {
-    Dtype.FP32: np.dtype("<f4"),
-    Dtype.BF16: np.dtype("<u2"),
-    Dtype.BYTES: np.dtype("u1"),
-}
 _ITEMSIZES = {"fp32": 4, "bf16": 2}
 
 
@@ -65,24 +60,15 @@ def export_safetensors(reader: CommitReader, folder: Path, dtype: Precision | No
     return write_safetensors(folder, tensors, max_shard_bytes, texts)
 
 
-def parts_of(reader: CommitReader, name: str, kind: Kind) -> Iterator[Array]:
-    """The elements of a parameter in order, page by page, each part valid until the next one is asked for: float32;
-    uint16 for PARAM in bf16, whose bits it holds; uint8 for BUFFER."""
-    pieces = reader.manifest.find(name, kind)
-    dtype = _NUMPY[kind_dtype(kind, reader.manifest.header.precision)]
-    for piece, (_, content) in zip(pieces, reader.pages([piece.record for piece in pieces])):
-        yield content[piece.offset : piece.offset + piece.count * dtype.itemsize].view(dtype)
-
-
 def values_of(reader: CommitReader, param: ParamRecord) -> Iterator[Array]:
     """The values of a parameter in fp32, in parts: its master, or a frozen parameter's own value."""
-    for part in parts_of(reader, param.name, Kind.MASTER if param.trainable else Kind.PARAM):
+    for part in reader.parts(param.name, Kind.MASTER if param.trainable else Kind.PARAM):
         yield _widen(part) if part.dtype == np.uint16 else part
 
 
 def _param_bytes(reader: CommitReader, param: ParamRecord, precision: Precision) -> Iterator[Any]:
     if precision == "bf16":
-        for part in parts_of(reader, param.name, Kind.MASTER if param.trainable else Kind.PARAM):
+        for part in reader.parts(param.name, Kind.MASTER if param.trainable else Kind.PARAM):
             yield (part if part.dtype == np.uint16 else round_to_bf16(part)).data
     else:
         for part in values_of(reader, param):
@@ -90,7 +76,7 @@ def _param_bytes(reader: CommitReader, param: ParamRecord, precision: Precision)
 
 
 def _buffer_bytes(reader: CommitReader, buffer: BufferRecord) -> Iterator[Any]:
-    for part in parts_of(reader, buffer.name, Kind.BUFFER):
+    for part in reader.parts(buffer.name, Kind.BUFFER):
         yield part.data
 
 
@@ -100,9 +86,8 @@ def _widen(bits: Array) -> Array:
 
 
 def round_to_bf16(values: Array) -> Array:
-    """bits of float32 values rounded to the nearest bfloat16, ties to even, as the update kernels and torch do."""
-    bits = values.view("<u4")
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    """bits of float32 values rounded to the nearest bfloat16, ties away from zero, as the update kernels do."""
+    rounded = (values.view("<u4") + np.uint32(0x8000)) >> np.uint32(16)
     # Adding would carry a NaN over into an infinity or a zero.
     rounded[np.isnan(values)] = 0x7FC0
     result: Array = rounded.astype("<u2")

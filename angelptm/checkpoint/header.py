@@ -13,9 +13,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from angelptm.checkpoint.json_value import check_json, check_text, problem
+from angelptm.states.formats import FP32, StateFormats
 from angelptm.units.layout import ALIGN_ELEMENTS, ParamLayout, UnitLayout
 
 FORMAT_VERSION = 1
@@ -78,14 +87,35 @@ class FileRecord(_Part):
     slot_count: Word
 
 
+class StatesRecord(_Part):
+    """Formats of a parameter's optimizer states; the fields are those of ``angelptm.states.formats.StateFormats``."""
+
+    master: Literal["fp32", "split"]
+    exp_avg: Literal["fp32", "bf16", "int8"]
+    exp_avg_sq: Literal["fp32", "bf16", "int8"]
+
+
 class ParamRecord(_Part):
-    """One parameter; the fields are those of ``angelptm.units.layout.ParamLayout``."""
+    """One parameter; the fields are those of ``angelptm.units.layout.ParamLayout``. ``states`` is left out where all
+    of them are fp32."""
 
     name: Name
     shape: Shape
     offset: Count
     trainable: bool
     owners: Annotated[tuple[Owner, ...], Field(strict=False)]
+    states: StatesRecord | None = None
+
+    @property
+    def formats(self) -> StateFormats:
+        return FP32 if self.states is None else StateFormats(**dict(self.states))
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if self.states is None:
+            del fields["states"]
+        return fields
 
     @property
     def numel(self) -> int:
@@ -228,6 +258,13 @@ class Header(_Part):
     model: JsonObject | None = None
     client: JsonObject | None = None
 
+    @property
+    def has_records(self) -> bool:
+        """Whether states lie together in pages of STATES."""
+        moments = 2 if self.optimizer.type == "adamw" else 1
+        params = (param for unit in self.units for param in unit.params if param.trainable)
+        return any(param.formats.of_rule(moments) != FP32 for param in params)
+
     @model_validator(mode="after")
     def _consistent(self) -> Header:
         if self.page_bytes & (self.page_bytes - 1):
@@ -258,6 +295,9 @@ class Header(_Part):
     def _check_units(self) -> None:
         page_elements = self.page_bytes // (2 if self.precision == "bf16" else 4)
         for unit in self.units:
+            for param in unit.params:
+                if param.formats.master == "split" and self.precision != "bf16":
+                    raise problem(f"parameter {param.name!r} has a split master in {self.precision}")
             if unit.frozen_offset - unit.trainable_elements >= page_elements:
                 raise problem(f"unit {unit.name!r}: frozen_offset {unit.frozen_offset} is a page away or more")
         if sum(unit.end for unit in self.units) > _MAX_ELEMENTS:
@@ -297,6 +337,7 @@ def units_from_layouts(layouts: Sequence[UnitLayout]) -> tuple[UnitRecord, ...]:
                     offset=param.offset,
                     trainable=param.trainable,
                     owners=param.owners,
+                    states=None if param.states == FP32 or not param.trainable else StatesRecord(**vars(param.states)),
                 )
                 for param in layout.params
             ),
@@ -314,7 +355,7 @@ def layouts_from_units(units: Sequence[UnitRecord]) -> tuple[UnitLayout, ...]:
         UnitLayout(
             unit.name,
             index,
-            tuple(ParamLayout(p.name, p.shape, p.offset, p.trainable, p.owners) for p in unit.params),
+            tuple(ParamLayout(p.name, p.shape, p.offset, p.trainable, p.owners, p.formats) for p in unit.params),
             unit.trainable_elements,
             unit.frozen_offset,
             unit.frozen_elements,

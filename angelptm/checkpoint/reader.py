@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 import time
@@ -20,14 +21,30 @@ import numpy.typing as npt
 import io_engine
 from angelptm.checkpoint.checksum import crc32c
 from angelptm.checkpoint.format import Manifest
-from angelptm.checkpoint.records import EXTENT_BYTES, NONE, Dtype, Kind, content_bytes, extent_bytes, kind_dtype
+from angelptm.checkpoint.format import Piece as FoundPiece
+from angelptm.checkpoint.header import layouts_from_units
+from angelptm.checkpoint.records import (
+    EXTENT_BYTES,
+    NONE,
+    Dtype,
+    Kind,
+    content_bytes,
+    extent_bytes,
+    kind_dtype,
+    moment_kinds,
+)
 from angelptm.errors import CheckpointError, CorruptPageError
+from angelptm.states.codec import decode
+from angelptm.states.formats import BLOCK8
+from angelptm.states.layout import Piece as StatePiece
+from angelptm.states.layout import UnitFormats, record_pieces
 from io_engine import AlignedBuffer, IoError, Ticket
 
 DEPTH = 8
 """Pages read at once."""
 
 Bytes = npt.NDArray[np.uint8]
+Scales = npt.NDArray[np.float32]
 _NUMPY: dict[Dtype, np.dtype[Any]] = {
     Dtype.FP32: np.dtype("<f4"),
     Dtype.BF16: np.dtype("<u2"),
@@ -90,10 +107,17 @@ class CommitReader:
     def read(self, name: str, kind: Kind, start: int = 0, count: int | None = None) -> npt.NDArray[Any]:
         """(count,) elements of a parameter from ``start`` on; all of them by default. For BUFFER they are bytes.
 
-        The dtype is float32; uint16 for PARAM in bf16, whose bits it holds; uint8 for BUFFER. Raises CheckpointError
-        for an unknown name, a range that is not the parameter's, or elements without a page; CorruptPageError; IoError.
+        The dtype is float32, whatever the format that a state is stored in; uint16 for PARAM in bf16, whose bits it
+        holds; uint8 for BUFFER. Raises CheckpointError for an unknown name, a range that is not the parameter's, or
+        elements without a page; CorruptPageError; IoError.
         """
-        dtype = _NUMPY[kind_dtype(kind, self.manifest.header.precision)]
+        parts = list(self.parts(name, kind, start, count, copy=True))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.empty(0, self._dtype(kind))
+
+    def parts(
+        self, name: str, kind: Kind, start: int = 0, count: int | None = None, *, copy: bool = False
+    ) -> Iterator[npt.NDArray[Any]]:
+        """The same in order, page by page. Without ``copy`` a part is valid until the next one is asked for."""
         label = f"{kind.name} of {name}"
         try:
             numel = self.manifest.size(name, kind)
@@ -102,20 +126,87 @@ class CommitReader:
         count = numel - start if count is None else count
         if start < 0 or count < 0 or start + count > numel:
             raise CheckpointError(self._where, f"{label}[{start}:{start + count}]", f"a range in {numel} elements")
-        pieces = self.manifest.find(name, kind)
-        pieces = [piece for piece in pieces if piece.start < start + count and piece.start + piece.count > start]
-        held = sum(min(p.start + p.count, start + count) - max(p.start, start) for p in pieces)
+        end, header = start + count, self.manifest.header
+        in_records = header.has_records and kind in (Kind.MASTER, *moment_kinds(header.optimizer.type))
+        pieces = self.manifest.find(name, Kind.STATES if in_records else kind)
+        pieces = [piece for piece in pieces if piece.start < end and piece.start + piece.count > start]
+        held = sum(min(p.start + p.count, end) - max(p.start, start) for p in pieces)
         if held != count:
             raise CheckpointError(
                 self._where, f"{label} with pages for {held} of {count} elements", "all of them", _no_pages(kind)
             )
-        values = np.empty(count, dtype)
+        dtype = self._dtype(kind)
         for piece, (_, content) in zip(pieces, self.pages([piece.record for piece in pieces])):
+            low, high = max(piece.start, start), min(piece.start + piece.count, end)
+            if in_records:
+                yield self._decode(name, kind, piece, content, low, high - low)
+            else:
+                first = piece.offset + (low - piece.start) * dtype.itemsize
+                part = content[first : first + (high - low) * dtype.itemsize].view(dtype)
+                yield part.copy() if copy else part
+
+    def _dtype(self, kind: Kind) -> np.dtype[Any]:
+        return _NUMPY[kind_dtype(kind, self.manifest.header.precision)]
+
+    def blocks8(self, name: str, kind: Kind, start: int, count: int) -> tuple[npt.NDArray[np.uint8], Scales]:
+        """A moment that is stored in int8, as it is: (count,) codes, and a scale for each block of them. ``start`` is
+        a multiple of a block, and ``count`` too unless it is what the parameter has left."""
+        codes, scales = [], []
+        for piece, (_, content) in self._records_of(name, start, start + count):
             low, high = max(piece.start, start), min(piece.start + piece.count, start + count)
-            first = piece.offset + (low - piece.start) * dtype.itemsize
-            part = content[first : first + (high - low) * dtype.itemsize]
-            values[low - start : high - start].view(np.uint8)[:] = part
-        return values
+            found, begin = self._place(kind, piece, low)
+            assert found.format == "int8", found.format
+            assert begin % BLOCK8 == 0, "whole blocks"
+            codes.append(content[found.offset + begin :][: high - low].copy())
+            first = found.scales + begin // BLOCK8 * 4
+            scales.append(content[first:][: 4 * -(-(high - low) // BLOCK8)].view("<f4").copy())
+        return np.concatenate(codes), np.concatenate(scales)
+
+    def _records_of(self, name: str, start: int, end: int) -> Iterator[tuple[FoundPiece, tuple[int, Bytes]]]:
+        pieces = [
+            piece
+            for piece in self.manifest.find(name, Kind.STATES)
+            if piece.start < end and piece.start + piece.count > start
+        ]
+        return zip(pieces, self.pages([piece.record for piece in pieces]))
+
+    def _place(self, kind: Kind, piece: FoundPiece, element: int) -> tuple[StatePiece, int]:
+        """Where a record that has a part of a parameter has a state of it, and where in there its ``element`` is."""
+        record = self.manifest.pages[piece.record]
+        begin = piece.offset + element - piece.start  # in the record
+        formats = self._unit_formats[int(record["unit"])]
+        for one in record_pieces(formats, int(record["start"]), int(record["count"])):
+            if one.kind == kind.name and one.start <= begin < one.start + one.count:
+                return one, begin - one.start
+        raise AssertionError(f"a record without {kind.name}")
+
+    def _decode(
+        self, name: str, kind: Kind, piece: FoundPiece, content: Bytes, low: int, count: int
+    ) -> npt.NDArray[np.float32]:
+        """(count,) elements of a parameter's state from ``low`` on, out of a record that has them."""
+        found, begin = self._place(kind, piece, low)
+        first = begin // BLOCK8 * BLOCK8  # whole blocks are decoded
+        ahead = begin - first
+        values = np.empty(ahead + count, np.float32)
+        params = None
+        if kind is Kind.MASTER and found.format == "split":
+            first, values, ahead = begin, values[ahead:], 0
+            params = self.read(name, Kind.PARAM, low, count)
+        decode(
+            content.ctypes.data,
+            found,
+            first,
+            len(values),
+            values.ctypes.data,
+            params=params.ctypes.data if params is not None else 0,
+        )
+        return values[ahead:]
+
+    @functools.cached_property
+    def _unit_formats(self) -> list[UnitFormats]:
+        header = self.manifest.header
+        moments = len(moment_kinds(header.optimizer.type))
+        return [UnitFormats(layout, moments) for layout in layouts_from_units(header.units)]
 
     def buffers(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         """(dtype as torch names it, shape, content) of each buffer by name. They are small, and held all at once."""

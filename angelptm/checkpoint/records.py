@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from angelptm.checkpoint.header import Header
+from angelptm.checkpoint.header import Header, layouts_from_units
+from angelptm.states.layout import UnitFormats, record_bytes
+from angelptm.units.layout import ALIGN_ELEMENTS
 
 NONE = 0xFFFFFFFF
 """As ``file``: the page was never written. As ``unit``: the page belongs to the buffers."""
@@ -30,7 +32,7 @@ PAGE_RECORD = np.dtype(
         ("file", "<u4"),
         ("slot", "<u4"),
         ("crc", "<u4"),
-        ("reserved2", "<u4"),
+        ("bytes", "<u4"),  # of the content, where the count does not say it: STATES; else 0
         ("version", "<u8"),
     ]
 )
@@ -40,13 +42,15 @@ Array = npt.NDArray[Any]
 
 
 class Kind(IntEnum):
-    """What a page holds. The numbers are those of the file format; 1 (GRAD) is never stored."""
+    """What a page holds. The numbers are those of the file format; 1 (GRAD) is never stored. STATES are records, in
+    which MASTER, EXP_AVG and EXP_AVG_SQ lie together in the formats that the header names for each parameter."""
 
     PARAM = 0
     MASTER = 2
     EXP_AVG = 3
     EXP_AVG_SQ = 4
     BUFFER = 5
+    STATES = 6
 
 
 class Dtype(IntEnum):
@@ -81,13 +85,18 @@ def kind_dtype(kind: Kind, precision: str) -> Dtype:
     """The type of the elements of a kind; ``precision`` is the header's."""
     if kind is Kind.PARAM and precision == "bf16":
         return Dtype.BF16
-    return Dtype.BYTES if kind is Kind.BUFFER else Dtype.FP32
+    return Dtype.BYTES if kind in (Kind.BUFFER, Kind.STATES) else Dtype.FP32
+
+
+def state_kinds(header: Header) -> tuple[Kind, ...]:
+    """The kinds of the pages that hold optimizer states."""
+    return (Kind.STATES,) if header.has_records else (Kind.MASTER, *moment_kinds(header.optimizer.type))
 
 
 def content_bytes(pages: Array) -> Array:
     """(pages,) uint64: the bytes of content of each page."""
     sizes: Array = pages["count"] * _ITEMSIZES[pages["dtype"]]
-    return sizes
+    return np.where(pages["kind"] == Kind.STATES, pages["bytes"].astype(np.uint64), sizes)
 
 
 def extent_bytes(content: int) -> int:
@@ -109,6 +118,7 @@ def check_records(header: Header, pages: Array) -> None:
     _check_slots(header, pages)
     _check_sections(header, pages)
     _check_coverage(header, pages)
+    _check_record_pages(header, pages)
 
 
 def _refuse(bad: Array, pages: Array, field: str, expected: str) -> None:
@@ -119,20 +129,19 @@ def _refuse(bad: Array, pages: Array, field: str, expected: str) -> None:
 
 
 def _check_fields(header: Header, pages: Array) -> None:
-    kinds = [Kind.PARAM, Kind.MASTER, *moment_kinds(header.optimizer.type), Kind.BUFFER]
+    kinds = [Kind.PARAM, *state_kinds(header), Kind.BUFFER]
     dtypes = np.full(256, 255, np.uint8)  # of each kind; 255 where the kind does not belong here
     for kind in kinds:
         dtypes[kind] = kind_dtype(kind, header.precision)
     names = ", ".join(f"{int(kind)} ({kind.name})" for kind in kinds)
     _refuse(pages["reserved"] != 0, pages, "reserved", "0")
-    _refuse(pages["reserved2"] != 0, pages, "reserved2", "0")
     _refuse(dtypes[pages["kind"]] == 255, pages, "kind", f"one of {names} with {header.optimizer.type}")
     _refuse(
         pages["dtype"] != dtypes[pages["kind"]],
         pages,
         "dtype",
         f"0 (fp32) for states, {int(kind_dtype(Kind.PARAM, header.precision))} for PARAM in {header.precision}, "
-        "2 (bytes) for BUFFER",
+        "2 (bytes) for BUFFER and STATES",
     )
     buffer = pages["kind"] == Kind.BUFFER
     _refuse(buffer & (pages["unit"] != NONE), pages, "unit", f"{NONE} for a BUFFER page")
@@ -141,6 +150,9 @@ def _check_fields(header: Header, pages: Array) -> None:
     _refuse(
         (pages["count"] < 1) | (pages["count"] > most), pages, "count", f"1 to {header.page_bytes} bytes of elements"
     )
+    sized = pages["kind"] == Kind.STATES
+    _refuse(~sized & (pages["bytes"] != 0), pages, "bytes", "0 in a page whose count says it")
+    _refuse(sized & (pages["bytes"] > header.page_bytes), pages, "bytes", f"{header.page_bytes} or less")
 
 
 def _check_slots(header: Header, pages: Array) -> None:
@@ -203,9 +215,10 @@ def _check_coverage(header: Header, pages: Array) -> None:
     )
     sizes = np.array([param.numel for _, param in params], np.uint64)
     trainable = np.array([param.trainable for _, param in params], bool)
-    for kind in (Kind.PARAM, Kind.MASTER, *moment_kinds(header.optimizer.type)):
+    split = np.array([param.trainable and param.formats.master == "split" for _, param in params], bool)
+    for kind in (Kind.PARAM, *state_kinds(header)):
         spans = Spans(pages, kind, bases)
-        wanted = np.flatnonzero(~trainable if kind is Kind.PARAM else trainable)
+        wanted = np.flatnonzero(~trainable | split if kind is Kind.PARAM else trainable)
         missing = spans.missing(offsets[wanted], sizes[wanted])
         if missing.any():
             name = params[int(wanted[int(missing.argmax())])][1].name
@@ -217,6 +230,31 @@ def _check_coverage(header: Header, pages: Array) -> None:
     if missing.any():
         name = header.buffers[int(missing.argmax())].name
         raise BadRecordError(f"bytes of the buffer {name!r} without BUFFER pages", "all of them")
+
+
+def _check_record_pages(header: Header, pages: Array) -> None:
+    """Records begin and end with whole blocks, and are as long as what they hold. They do not overlap by now, so the
+    work is in proportion to records and parameters."""
+    chosen = np.flatnonzero(pages["kind"] == Kind.STATES)
+    if not len(chosen):
+        return
+    ends = pages["start"] + pages["count"]
+    sections = np.array([unit.trainable_elements for unit in header.units] + [0], np.uint64)
+    section_ends = sections[np.minimum(pages["unit"], len(header.units))]
+    uneven = (pages["start"] % ALIGN_ELEMENTS != 0) | ((ends % ALIGN_ELEMENTS != 0) & (ends != section_ends))
+    _refuse(
+        (pages["kind"] == Kind.STATES) & uneven,
+        pages,
+        "start",
+        f"records cut at multiples of {ALIGN_ELEMENTS} elements",
+    )
+    moments = len(moment_kinds(header.optimizer.type))
+    formats = [UnitFormats(layout, moments) for layout in layouts_from_units(header.units)]
+    for index in chosen.tolist():
+        record = pages[index]
+        runs = formats[int(record["unit"])].runs(int(record["start"]), int(record["count"]))
+        if (size := record_bytes(runs, moments)) != record["bytes"]:
+            raise BadRecordError(f"page record {index} with bytes {int(record['bytes'])}", f"{size} for what it holds")
 
 
 class Spans:

@@ -95,7 +95,7 @@ def assemble(
         grad_dtype=NATIVE_DTYPES[grad_dtype],
         param_dtype=NATIVE_DTYPES[dtype],
         device_params={
-            (unit, span): device.address((unit_plan.frame_offset + span) * plan.page_bytes)
+            (unit, span): device.address(plan.param_offset(unit, span))
             for unit, unit_plan in enumerate(plan.units)
             if not pages[unit].params
             for span in range(len(unit_plan.spans))

@@ -20,7 +20,7 @@ import torch
 
 from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.header import BufferRecord, Header, units_from_layouts
-from angelptm.checkpoint.records import NONE, PAGE_RECORD, Dtype, Kind
+from angelptm.checkpoint.records import NONE, PAGE_RECORD, Dtype, Kind, kind_dtype
 from angelptm.device import Device
 from angelptm.engine.kept import Durable, KeptCommits, Slot
 from angelptm.engine.updates import Updates
@@ -75,33 +75,37 @@ class Commits:
         self._thread: threading.Thread | None = None
         self._closed = False
         self.kept = KeptCommits(durable, store, keep, deadline_seconds)
-        self._fixed: dict[int, tuple[int, int, int]] = {}  # frame → slot and CRC32C of a frozen page on the device
+        # Pages on the device, by their first byte in the arena: frozen ones by the slot and CRC32C of their copy.
+        self._fixed: dict[int, tuple[int, int, int]] = {}
         self.seconds = 0.0
         """Wall-clock seconds of the last commit, from the call to its manifest's being durable."""
         self._pages: list[list[int | None]] = []
-        self._frames: list[list[int]] = []
+        self._offsets: list[list[int]] = []
+        self._frozen: list[list[bool]] = []
         self._first: list[int] = []
         rows: list[tuple[int, ...]] = []
         for unit in range(len(plan.units)):
             pages = catalogue.committed(unit)
             self._first.append(len(rows))
             self._pages.append([one.page for one in pages])
-            self._frames.append([one.frame for one in pages])
+            self._offsets.append([one.offset for one in pages])
+            self._frozen.append([one.frozen for one in pages])
             for one in pages:
-                dtype = Dtype.BF16 if one.kind == "PARAM" and plan.param_itemsize == 2 else Dtype.FP32
-                rows.append((unit, Kind[one.kind], dtype, 0, one.start, one.count, NONE, 0, 0, 0, 0))
+                dtype = kind_dtype(Kind[one.kind], "bf16" if plan.param_itemsize == 2 else "fp32")
+                size = one.bytes if one.kind == "STATES" else 0
+                rows.append((unit, Kind[one.kind], dtype, 0, one.start, one.count, NONE, 0, 0, size, 0))
         self._template = np.array(rows, dtype=PAGE_RECORD)
         on_ssd = [
             page is not None and store.page_home(page) == native.Home.SSD for pages in self._pages for page in pages
         ]
-        frozen = self._template["kind"] == Kind.PARAM
-        self._state_slots = int(np.count_nonzero(np.array(on_ssd, dtype=bool) & ~frozen))
-        self._device_frames = {
-            frame
-            for pages, frames in zip(self._pages, self._frames)
-            for page, frame in zip(pages, frames)
+        frozen = np.array([one for unit in self._frozen for one in unit], dtype=bool)
+        self._changing_slots = int(np.count_nonzero(np.array(on_ssd, dtype=bool) & ~frozen))
+        self._device_pages = [
+            (offset, frozen)
+            for pages, offsets, own in zip(self._pages, self._offsets, self._frozen)
+            for page, offset, frozen in zip(pages, offsets, own)
             if page is None
-        }
+        ]
         self._host_pages = sum(
             page is not None and store.page_home(page) == native.Home.HOST for pages in self._pages for page in pages
         )
@@ -136,9 +140,8 @@ class Commits:
         self.wait()
         self.kept.require_own(header.step)
         self.kept.retire()
-        copies = (
-            self._host_pages + len(self._device_frames - self._fixed.keys()) + -(-len(buffers) // self._plan.page_bytes)
-        )
+        on_device = sum(not frozen or offset not in self._fixed for offset, frozen in self._device_pages)
+        copies = self._host_pages + on_device + -(-len(buffers) // self._plan.page_bytes)
         self.kept.make_room(copies)
         cut = _Cut(header, buffers, self._template.copy(), self._updates.pending(), copies, before_publish)
         with self._changed:
@@ -180,7 +183,7 @@ class Commits:
         Raises the error of a commit that failed; CheckpointError when readers hold commits that should be gone for
         longer than the deadline. Nothing was changed then.
         """
-        cut, needed = self._cut, self._state_slots + self._slots_in_flight
+        cut, needed = self._cut, self._changing_slots + self._slots_in_flight
         if cut is not None and (cut.done or self._store.slot_free_count < needed + cut.copies):
             self.wait()
         if self._cut is None:
@@ -231,8 +234,14 @@ class Commits:
         cut.captured.add(unit)
         positions = [position for position, page in enumerate(self._pages[unit]) if page is not None]
         unsaved = self._record(cut, unit, positions)
+        unsaved += self._changing_on_device(unit)
         if unsaved:
             cut.unsaved[unit] = unsaved
+
+    def _changing_on_device(self, unit: int) -> list[int]:
+        """Trainable parameters on the device, which commits have where masters are made of them."""
+        pages = zip(self._pages[unit], self._frozen[unit])
+        return [position for position, (page, frozen) in enumerate(pages) if page is None and not frozen]
 
     def _record(self, cut: _Cut, unit: int, positions: Sequence[int]) -> list[int]:
         """Enters pages as they are now; returns those that are in no slot."""
@@ -259,14 +268,18 @@ class Commits:
                     self._capture(cut, unit)
                     unsaved = cut.unsaved.get(unit)
                 if unsaved:
-                    self._saver.save([page for one in unsaved if (page := self._pages[unit][one]) is not None])
+                    on_device = [one for one in unsaved if self._pages[unit][one] is None]
+                    in_memory = [one for one in unsaved if self._pages[unit][one] is not None]
+                    self._saver.save([page for one in in_memory if (page := self._pages[unit][one]) is not None])
+                    for position in on_device:
+                        self._copy_from_device(cut, unit, position)
                     with self._changed:
-                        left = self._record(cut, unit, unsaved)
+                        left = self._record(cut, unit, in_memory)
                         assert not left, "what was saved is in a slot"
                         del cut.unsaved[unit]
                         cut.copies -= len(unsaved)
                         self._changed.notify_all()
-                self._record_device_pages(cut, unit)
+                self._record_frozen_device_pages(cut, unit)
             buffer_records = self._save_buffers(cut)
             if cut.before_publish is not None:
                 cut.before_publish()
@@ -300,19 +313,31 @@ class Commits:
         refused.__cause__ = error
         return refused
 
-    def _record_device_pages(self, cut: _Cut, unit: int) -> None:
+    def _record_frozen_device_pages(self, cut: _Cut, unit: int) -> None:
         """Frozen parameters that live on the device: written once, and again only when they were changed."""
-        for position, page in enumerate(self._pages[unit]):
-            if page is not None:
+        for position, (page, frozen) in enumerate(zip(self._pages[unit], self._frozen[unit])):
+            if page is not None or not frozen:
                 continue
-            frame, record = self._frames[unit][position], cut.records[self._first[unit] + position]
-            if frame not in self._fixed:
-                size = int(record["count"]) * self._plan.param_itemsize
-                self._fixed[frame] = self._saver.save_bytes(self._device.address(frame * self._plan.page_bytes), size)
-            file, slot, crc = self._fixed[frame]
-            self._store.claim_slots([(file, slot)])
-            cut.slots.append((file, slot))
-            record["file"], record["slot"], record["crc"], record["version"] = file, slot, crc, 1
+            offset = self._offsets[unit][position]
+            if offset not in self._fixed:
+                self._fixed[offset] = self._save_from_device(unit, position)
+            copy = self._fixed[offset]
+            self._store.claim_slots([copy[:2]])
+            self._enter_device_page(cut, unit, position, copy)
+
+    def _copy_from_device(self, cut: _Cut, unit: int, position: int) -> None:
+        """A page on the device that the next update changes."""
+        self._enter_device_page(cut, unit, position, self._save_from_device(unit, position))
+
+    def _save_from_device(self, unit: int, position: int) -> tuple[int, int, int]:
+        size = int(self._template["count"][self._first[unit] + position]) * self._plan.param_itemsize
+        return self._saver.save_bytes(self._device.address(self._offsets[unit][position]), size)
+
+    def _enter_device_page(self, cut: _Cut, unit: int, position: int, copy: tuple[int, int, int]) -> None:
+        record = cut.records[self._first[unit] + position]
+        file, slot, crc = copy
+        cut.slots.append((file, slot))
+        record["file"], record["slot"], record["crc"], record["version"] = file, slot, crc, 1
 
     def _recognise_device_pages(self, step: int) -> None:
         """The copies that a commit has of frozen parameters on the device are used again, and not written anew."""
@@ -320,7 +345,7 @@ class Commits:
             (unit, position)
             for unit, pages in enumerate(self._pages)
             for position, page in enumerate(pages)
-            if page is None and self._frames[unit][position] not in self._fixed
+            if page is None and self._frozen[unit][position] and self._offsets[unit][position] not in self._fixed
         ]
         if not missing:
             return
@@ -335,7 +360,7 @@ class Commits:
             copy = found.get(self._template[self._first[unit] + position][what].item())
             if copy is not None:
                 self._store.claim_slots([copy[:2]])
-                self._fixed[self._frames[unit][position]] = copy
+                self._fixed[self._offsets[unit][position]] = copy
 
     def forget_device_pages(self) -> None:
         """To be called when frozen parameters on the device were changed: the next commit writes them again."""

@@ -119,6 +119,7 @@ class Engine:
             self.config.optimizer,
             self._take_step,
             self._drop_gradients,
+            seed=self.config.training.seed,
         )
         self._progress = Progress({name: 0 for name, (_, param) in self._params.items() if param.trainable})
         self._planning = Planning(self.config, parts, structure.sites, self._hooks, scheduler, self.peak_bytes)

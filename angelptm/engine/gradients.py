@@ -21,7 +21,8 @@ from angelptm.units.layout import ALIGN_ELEMENTS
 
 @dataclass
 class _UnitGradient:
-    """Since the last ``clear``. ``norms[name]``: a page's index to the sum of squares of the parameter's part in it.
+    """Since the last ``clear``. ``norms[name]``: the sums of squares of the parameter's part in leaves of the tree over
+    the unit's elements (GRAD_BLOCK of them in each), by index of the leaf.
     ``earlier``: elements (start, end) that hold gradients of former steps, to which this one is added."""
 
     norms: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class Gradients:
         self._mover = store.mover
         self._device = device
         self._dtype = grad_dtype
-        self._page_elements = plan.page_bytes // grad_dtype.itemsize
+        self._page_elements = plan.grad_page_elements
         # Where several steps are added up once their norm is known, a step's own are apart till then.
         self._pages = [[page for span in unit.spans for page in span.step_grad or span.grad] for unit in pages]
         self._pages_change_frames = plan.sweeps
@@ -94,7 +95,7 @@ class Gradients:
             covered = first == page * self._page_elements and end == first + self._page_elements
             address = self._address(unit, page, fresh_is_covered=covered)
             add = seen or any(start <= first < stop for start, stop in self._units[unit].earlier)
-            stats = native.accumulate(
+            leaves, finite = native.accumulate_leaves(
                 address + (first - page * self._page_elements) * itemsize,
                 NATIVE_DTYPES[self._dtype],
                 source.data_ptr() + (first - param.offset) * source.dtype.itemsize,
@@ -105,8 +106,9 @@ class Gradients:
             )
             if self._pages_change_frames and not add:
                 self._clear_gap(address, end, page)
-            sums[page] = stats.sum_squares
-            self._finite &= stats.finite
+            # A page begins with a leaf, so none has parts of the parameter on two pages.
+            sums.update(enumerate(leaves, first // native.GRAD_BLOCK))
+            self._finite &= finite
             self._contributed(unit, page, param.name)
         self._device.read_bytes += source.numel() * source.dtype.itemsize
         self.copy_seconds += time.perf_counter() - start
@@ -194,7 +196,7 @@ class Gradients:
             for param in plan.layout.params:
                 if sums := unit.norms.get(param.name):
                     first = min(sums)
-                    total += native.tree_sum([sums[page] for page in sorted(sums)], first)
+                    total += native.tree_sum([sums[leaf] for leaf in sorted(sums)], first)
         return float(total**0.5)
 
     def forget(self, unit: int) -> None:

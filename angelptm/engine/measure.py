@@ -6,6 +6,7 @@ import logging
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ import angelptm_native as native
 import torch
 
 from angelptm import kernels
+from angelptm.engine.dtypes import NATIVE_DTYPES
 from angelptm.plan import NOMINAL_RATES, Plan, Rates
+from angelptm.plan.transfers import transfers_of
+from angelptm.states.codec import MASTER_FORMATS, MOMENT_FORMATS
+from angelptm.states.formats import BLOCK8, FP32, StateFormats
 
 _log = logging.getLogger("angelptm")
 
@@ -77,15 +82,16 @@ def measure_rates(
     # Both directions at once have no more than each of them alone.
     drive["mixed_bytes_per_s"] = min(drive["mixed_bytes_per_s"], drive["read_bytes_per_s"] + drive["write_bytes_per_s"])
     elements = max(1, min(_MOST_SCRATCH_ELEMENTS, max((s.elements for u in plan.units for s in u.spans), default=1)))
-    scratch = _Scratch(elements, rule, grad_dtype, param_dtype)
     spans = [span for unit in plan.units for span in unit.spans]
+    scratch = _Scratch(elements, _usual_formats(plan), rule, grad_dtype, param_dtype)
     total = sum(span.elements for span in spans) or 1
-    states_staged = sum(span.elements for span in spans if span.states_home == "ssd") / total
+    states_staged = sum(page.bytes for span in spans if span.states_home == "ssd" for page in span.states.pages) / total
+    old_params_staged = sum(span.old_param_ssd_bytes for unit in transfers_of(plan) for span in unit.spans) / total
     params_staged = sum(span.elements for span in spans if span.param_home == "ssd") / total
     check_seconds = _least_seconds(scratch.check) / (elements * 4)  # of a byte
     kernel_seconds = _least_seconds(scratch.step) / elements
     # What lives on the SSD is checked when it has come, and sealed before it is written.
-    checked_bytes = 2 * (1 + plan.moment_count) * 4 * states_staged + plan.param_itemsize * params_staged
+    checked_bytes = 2 * states_staged + old_params_staged + plan.param_itemsize * params_staged
     copy_seconds = _least_seconds(scratch.copy) / (elements * 4)
     sharing = _sharing(store, plan, _matmul(param_dtype), scratch.update)
     return Rates(
@@ -119,14 +125,33 @@ def _drive(store: native.Store, plan: Plan) -> dict[str, float]:
     return dict(found or _NOMINAL_DRIVE)
 
 
+def _usual_formats(plan: Plan) -> StateFormats:
+    """Formats of the states of most elements."""
+    counts: Counter[StateFormats] = Counter()
+    for unit in plan.units:
+        for span in unit.spans:
+            for run in span.states.runs:
+                counts[run.formats] += run.count
+    return counts.most_common(1)[0][0] if counts else FP32
+
+
 class _Scratch:
     """Memory like a span's, and what an update, a fetch and a gradient do with it."""
 
-    def __init__(self, elements: int, rule: native.Rule, grad_dtype: torch.dtype, param_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        elements: int,
+        formats: StateFormats,
+        rule: native.Rule,
+        grad_dtype: torch.dtype,
+        param_dtype: torch.dtype,
+    ) -> None:
         moments = native.moment_count(rule)
+        self._formats = formats
         self._master = torch.zeros(elements)
         self._exp_avg = torch.zeros(elements) if moments > 0 else None
         self._exp_avg_sq = torch.zeros(elements) if moments > 1 else None
+        self._scales = [torch.zeros(-(-elements // BLOCK8)) for _ in range(2)]
         self._grad = torch.zeros(elements, dtype=grad_dtype)
         self._param = torch.zeros(elements, dtype=param_dtype)
         self._copied = torch.zeros(elements)
@@ -137,7 +162,31 @@ class _Scratch:
         }[rule]()
 
     def step(self) -> None:
-        kernels.step(self._hyper, self._master, self._exp_avg, self._exp_avg_sq, self._grad, self._param)
+        if self._formats == FP32:
+            kernels.step(self._hyper, self._master, self._exp_avg, self._exp_avg_sq, self._grad, self._param)
+            return
+        # In memory for fp32 states, of which the formats use a part.
+        exp_avg, exp_avg_sq = (
+            native.MomentCodes(MOMENT_FORMATS[form], values.data_ptr() if values is not None else 0, scales.data_ptr())
+            for form, values, scales in zip(
+                (self._formats.exp_avg, self._formats.exp_avg_sq), (self._exp_avg, self._exp_avg_sq), self._scales
+            )
+        )
+        native.step_compact(
+            self._hyper,
+            MASTER_FORMATS[self._formats.master],
+            self._master.data_ptr(),
+            exp_avg,
+            exp_avg_sq,
+            self._grad.data_ptr(),
+            NATIVE_DTYPES[self._grad.dtype],
+            self._param.data_ptr(),
+            self._param.data_ptr(),
+            NATIVE_DTYPES[self._param.dtype],
+            self._master.numel(),
+            key=1,
+            first_element=0,
+        )
 
     def update(self) -> None:
         self.step()

@@ -28,7 +28,11 @@ class PagedOptimizer(torch.optim.Optimizer):
         config: OptimizerConfig,
         take_step: Callable[[], None],
         drop_gradients: Callable[[], None],
+        *,
+        seed: int = 0,
     ) -> None:
+        """``seed``: of random rounding, where states are in formats that need it."""
+        self._seed = seed
         self.rule = RULES[config.type]
         self._take_step = take_step
         self._drop_gradients = drop_gradients
@@ -47,6 +51,11 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def hyper(self, group: dict[str, Any], step: int, grad_scale: float) -> native.Hyper:
         """The kernel's arguments for a parameter of ``group`` at its ``step``-th update, counted from 1."""
+        hyper = self._rule_hyper(group, step, grad_scale)
+        hyper.seed, hyper.step = self._seed, step
+        return hyper
+
+    def _rule_hyper(self, group: dict[str, Any], step: int, grad_scale: float) -> native.Hyper:
         lr = float(group["lr"])
         if self.rule == native.Rule.ADAMW:
             return kernels.adamw_hyper(

@@ -230,7 +230,7 @@ class Residency:
         state = self._units[unit]
         start = offset * self._plan.page_bytes
         items = [
-            (page, self._device.address(start + index * self._plan.page_bytes))
+            (page, self._device.address(start + index * self._plan.page_elements * self._plan.param_itemsize))
             for index, page in enumerate(self._pages[unit].params)
         ]
         what = f"unit {self._plan.units[unit].layout.name}, which is fetched to the device"

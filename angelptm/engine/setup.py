@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from angelptm.checkpoint.slot_files import slot_file_bytes
 from angelptm.config import Config
 from angelptm.errors import AngelPTMError
 from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, SweepBudget, make_plan
-from angelptm.units import Structure, UnitLayout, find_structure, pack
+from angelptm.states.formats import FP32, StateFormats
+from angelptm.states.layout import choose_page_elements
+from angelptm.units import ParamSpec, Structure, UnitLayout, find_structure, pack
 
 _MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1}
 ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -52,17 +55,51 @@ def parameter(model: nn.Module, owner: tuple[str, str]) -> torch.Tensor:
 def lay_out(model: nn.Module, config: Config) -> tuple[Structure, list[UnitLayout]]:
     """The model's units in pages of the configured size. Reads shapes and requires_grad, no values."""
     structure = find_structure(model, config.units.classes)
-    page_elements = config.page_size // ITEMSIZE[config.precision]
-    layouts = []
-    for index, unit in enumerate(structure.units):
+    formats = StateChoice(config)
+    units = []
+    for unit in structure.units:
         params = []
         for name, owners in unit.params.items():
             value = parameter(model, owners[0])
             if not value.is_floating_point():
                 raise AngelPTMError(f"parameter {name}: found {value.dtype}, expected a floating-point parameter")
-            params.append((name, tuple(value.shape), value.requires_grad, tuple(owners)))
-        layouts.append(pack(unit.name, index, params, page_elements))
+            shape, trainable = tuple(value.shape), value.requires_grad
+            states = formats.of(name, shape) if trainable else FP32
+            params.append(ParamSpec(name, shape, trainable, tuple(owners), states))
+        units.append(params)
+    page_elements = choose_page_elements(
+        [(math.prod(spec.shape), spec.states) for params in units for spec in params if spec.trainable],
+        page_bytes=config.page_size,
+        param_itemsize=ITEMSIZE[config.precision],
+        grad_itemsize=ITEMSIZE[grad_precision(config)],
+        moment_count=_MOMENTS[config.optimizer.type],
+    )
+    layouts = [
+        pack(unit.name, index, params, page_elements)
+        for index, (unit, params) in enumerate(zip(structure.units, units))
+    ]
     return structure, layouts
+
+
+class StateChoice:
+    """Which formats the states of each parameter have, as the config says."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._optimizer = config.optimizer
+
+    def of(self, name: str, shape: tuple[int, ...]) -> StateFormats:
+        """The first group that matches decides, then ``optimizer.states``; int8 is left to matrices of some size."""
+        states = self._optimizer.states
+        for group in self._optimizer.groups:
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in group.params):
+                states = group.states or states
+                break
+        split = states.master == "split" or (states.master is None and self._config.precision == "bf16")
+        exp_avg, exp_avg_sq = states.exp_avg, states.exp_avg_sq
+        if len(shape) < 2 or math.prod(shape) < states.int8_from_elements:
+            exp_avg, exp_avg_sq = ("fp32" if one == "int8" else one for one in (exp_avg, exp_avg_sq))
+        return StateFormats("split" if split else "fp32", exp_avg, exp_avg_sq)
 
 
 def existing_folder(path: Path) -> Path:

@@ -236,13 +236,14 @@ class Recording:
         span = plan.units[unit].spans[index]
         if what == "update":
             return {"PARAM": span.elements * plan.param_itemsize}
-        kinds = ("MASTER", "EXP_AVG", "EXP_AVG_SQ")[: 1 + plan.moment_count]
-        states = {kind: span.elements * 4.0 for kind in kinds if span.states_home == "ssd"}
+        states: dict[str, float] = {}
+        for page in span.states.pages if span.states_home == "ssd" else ():
+            states[page.kind] = states.get(page.kind, 0.0) + page.bytes
         other: dict[str, float] = {}
         if what == "read" and "ssd" in span.grad_homes:
             share = span.grad_homes.count("ssd") / len(span.grad_homes)
             other["GRAD"] = span.elements * plan.grad_itemsize * share
-        elif what == "write" and span.param_home == "ssd":
+        if span.param_home == "ssd" and (what == "write" or span.states.has_split_masters):
             other["PARAM"] = span.elements * plan.param_itemsize
         nearest = min((states, other, states | other), key=lambda one: abs(sum(one.values()) - moved))
         total = sum(nearest.values())

@@ -10,6 +10,7 @@ import angelptm_native as native
 
 from angelptm.pages import PageIds, naming
 from angelptm.plan import Plan, UnitPlan
+from angelptm.states.codec import native_run
 
 Segment = tuple[int, int, int]  # start in the span, element count, index of the hyperparameters
 
@@ -51,17 +52,18 @@ class Updates:
         spans: list[native.Span] = []
         for unit_index, unit in enumerate(pages):
             self._first_span.append(len(spans))
-            for span_index, span in enumerate(unit.spans):
+            for span_index, (span, span_plan) in enumerate(zip(unit.spans, plan.units[unit_index].spans)):
                 spans.append(
                     native.Span(
                         elements=span.elements,
-                        master=span.master,
-                        exp_avg=span.exp_avg,
-                        exp_avg_sq=span.exp_avg_sq,
+                        states=span.states,
+                        runs=[native_run(run) for run in span_plan.states.runs],
                         grad=span.grad,
                         param=span.param,
                         device_param=device_params.get((unit_index, span_index)),
                         step_grad=span.step_grad,
+                        unit=unit_index,
+                        first_element=span_index * plan.page_elements,
                     )
                 )
         self._updater: native.Updater | None = native.Updater(
@@ -76,6 +78,7 @@ class Updates:
             fetcher=fetcher,
             memory=memory,
             sweep=sweep,
+            grad_page_elements=plan.grad_page_elements,
         )
 
     def submit(

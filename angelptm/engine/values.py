@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,10 +10,13 @@ import angelptm_native as native
 import torch
 
 from angelptm.device import Device
+from angelptm.engine.dtypes import rounded
 from angelptm.engine.loading import loading
 from angelptm.engine.updates import Updates
 from angelptm.pages import PageIds
 from angelptm.plan import Plan
+from angelptm.states.codec import decode, encode
+from angelptm.states.layout import Piece, StatePage, pieces_on
 from angelptm.units import ParamLayout, UnitLayout
 
 
@@ -60,31 +63,45 @@ class Values:
         The moments start as zeros, which is what an unwritten page reads as.
         """
         layout = self._plan.units[unit].layout
-        for runs, dtype in ((self._master_runs(unit), torch.float32), (self._param_runs(unit), self._dtype)):
-            for run in runs:
-                self._replace(run, partial(_gather, layout=layout, values=values, run=run, dtype=dtype))
+        for first, page, states, pieces in self._state_pages(unit):
+            masters = [piece for piece in pieces if piece.kind == "MASTER"]
+            if masters:
+                fill = partial(_fill_masters, page=states, pieces=masters, first=first, layout=layout, values=values)
+                self._replace(page, fill)
+        for run in self._param_runs(unit):
+            fill = partial(_gather, layout=layout, values=values, start=run.start, end=run.end, dtype=self._dtype)
+            self._replace_params(run, fill)
         self._mover.drain()
 
+    def _state_pages(self, unit: int) -> Iterator[tuple[int, int, StatePage, list[Piece]]]:
+        """First element of the span, page id, what the page is, and what lies on it."""
+        plan = self._plan.units[unit]
+        for index, (span, pages) in enumerate(zip(plan.spans, self._pages[unit].spans)):
+            for number, (page, states) in enumerate(zip(pages.states, span.states.pages)):
+                yield index * self._plan.page_elements, page, states, pieces_on(span.states, number)
+
     def rebuild(self, unit: int) -> None:
-        """Forms the trainable parameters from their masters, as an update would: rounded to compute precision."""
-        step = self._plan.page_bytes // 4
-        for run, span in zip(self._param_runs(unit), self._pages[unit].spans):
-            content = torch.empty(span.elements, dtype=self._dtype)
-            for number, page in enumerate(span.master):
-                part = torch.empty(min(step, span.elements - number * step))
-                on_host = self._store.page_home(page) == native.Home.HOST
-                address = self._store.home_address(page) if on_host else self._load(page)
-                native.copy_bytes(part.data_ptr(), address, part.numel() * 4)
-                if not on_host:
-                    self._mover.next_loaded()  # lets the staging frame go
-                content[number * step : number * step + part.numel()] = part
+        """Forms the trainable parameters from their masters, as an update would: rounded to compute precision. They are
+        there already where masters are split."""
+        if self._plan.splits_masters:
+            return
+        contents = [torch.zeros(span.elements, dtype=self._dtype) for span in self._plan.units[unit].spans]
+        for first, page, _, pieces in self._state_pages(unit):
+            for piece in pieces:
+                if piece.kind != "MASTER":
+                    continue
+                content = contents[first // self._plan.page_elements]
+                master = torch.empty(piece.count)
+                self._look(page, partial(decode, piece=piece, at=0, count=piece.count, to=master.data_ptr()))
+                content[piece.start : piece.start + piece.count] = rounded(master, self._dtype)
+        for run, content in zip(self._param_runs(unit), contents):
             size = content.numel() * content.itemsize
-            self._replace(run, partial(native.copy_bytes, from_=content.data_ptr(), bytes=size))
+            self._replace_params(run, partial(native.copy_bytes, from_=content.data_ptr(), bytes=size))
         self._mover.drain()
 
     def replace_page(self, page: int, content: torch.Tensor) -> None:
         """Writes a page's whole content; ``content``: (used bytes,) uint8. Visible after ``settle``."""
-        self._replace(_Run(page, None, 0, 0), lambda to: native.copy_bytes(to, content.data_ptr(), content.numel()))
+        self._replace(page, lambda to: native.copy_bytes(to, content.data_ptr(), content.numel()))
 
     def clear_page(self, page: int) -> None:
         """Makes a page read as zeros, as if it had never been written."""
@@ -98,56 +115,105 @@ class Values:
         """Returns when what was replaced is published."""
         self._mover.drain()
 
-    def _replace(self, run: _Run, fill: Callable[[int], None]) -> None:
-        """Publishes the content of a page, or of a run on the device, that ``fill`` writes to the address it gets."""
+    def _replace_params(self, run: _Run, fill: Callable[[int], None]) -> None:
         if run.device_address is not None:
             fill(run.device_address)
-        elif self._store.page_home(run.page) == native.Home.HOST:
-            fill(self._store.home_address(run.page))
-            self._store.publish_in_place(run.page)
+        else:
+            self._replace(run.page, fill)
+
+    def _replace(self, page: int, fill: Callable[[int], None]) -> None:
+        """Publishes the content of a page that ``fill`` writes to the address it gets."""
+        if self._store.page_home(page) == native.Home.HOST:
+            fill(self._store.home_address(page))
+            self._store.publish_in_place(page)
         else:
             self._fetcher.let_go()
             frame = self._mover.staging_frame()
             fill(self._mover.address(frame))
-            self._mover.write_behind(run.page, frame)
+            self._mover.write_behind(page, frame)
+
+    def _look(self, page: int, take: Callable[[int], None]) -> None:
+        """Calls ``take`` with the address of a page's content."""
+        if self._store.page_home(page) == native.Home.HOST:
+            take(self._store.home_address(page))
+            return
+        take(self._load(page))
+        self._mover.next_loaded()  # lets the staging frame go
+
+    def _edit(self, page: int, change: Callable[[int], None]) -> None:
+        """Publishes a page's content after ``change`` has written to it at the address it gets."""
+        if self._store.page_home(page) == native.Home.HOST:
+            change(self._store.home_address(page))
+            self._store.publish_in_place(page)
+        else:
+            self._load(page)
+            frame = self._mover.take_loaded()
+            change(self._mover.address(frame))
+            self._mover.write_behind(page, frame)
 
     def read(self, unit: int, param: ParamLayout, *, master: bool = False) -> torch.Tensor:
         """A copy of a parameter in compute precision, or of its fp32 master, for which a frozen one has its value."""
-        if master and not param.trainable:
-            return self.read(unit, param).float()
         self._updates.wait_for(unit)
-        dtype = torch.float32 if master else self._dtype
-        out = torch.empty(param.shape, dtype=dtype)
-        for run in self._runs_of(unit, param, master=master):
-            address = run.device_address
-            if address is None:
-                address = self._load(run.page)
-            _copy(out.data_ptr(), param.offset, address, run.start, param, run, dtype.itemsize)
-            if run.device_address is None:
-                self._mover.next_loaded()  # lets the staging frame go
+        if master:
+            return self._read_master(unit, param) if param.trainable else self.read(unit, param).float()
+        out = torch.empty(param.shape, dtype=self._dtype)
+        for run in self._param_runs(unit):
+            if run.end <= param.offset or param.end <= run.start:
+                continue
+            copy = partial(
+                _copy, out.data_ptr(), param.offset, source_start=run.start, param=param, run=run, itemsize=out.itemsize
+            )
+            if run.device_address is not None:
+                copy(run.device_address)
+            else:
+                self._look(run.page, copy)
         return out
+
+    def _read_master(self, unit: int, param: ParamLayout) -> torch.Tensor:
+        out = torch.empty(param.numel)
+        params = self.read(unit, param).reshape(-1) if param.states.master == "split" else None
+        for page, piece, start, first, count in self._masters_of(unit, param):
+            to = out.data_ptr() + first * 4
+            own = params.data_ptr() + first * 2 if params is not None else 0
+            self._look(page, partial(decode, piece=piece, at=start, count=count, to=to, params=own))
+        return out.reshape(param.shape)
+
+    def _masters_of(self, unit: int, param: ParamLayout) -> Iterator[tuple[int, Piece, int, int, int]]:
+        """Where a parameter has its master: page id, piece, first element in the piece and in the parameter, count."""
+        for span_first, page, _, pieces in self._state_pages(unit):
+            for piece in pieces:
+                begin = span_first + piece.start
+                first, last = max(begin, param.offset), min(begin + piece.count, param.end)
+                if piece.kind == "MASTER" and first < last:
+                    yield page, piece, first - begin, first - param.offset, last - first
 
     def write(self, unit: int, param: ParamLayout, value: torch.Tensor) -> None:
         """Replaces a parameter: the fp32 master gets ``value``, the parameter the same in compute precision."""
         assert value.shape == param.shape, "a value has its parameter's shape"
         self._updates.wait_for(unit)
         self._updates.recall()
-        for master in (True, False) if param.trainable else (False,):
-            source = value.detach().to(torch.float32 if master else self._dtype).contiguous()
-            itemsize = source.dtype.itemsize
-            for run in self._runs_of(unit, param, master=master):
-                if run.device_address is not None:
-                    _copy(run.device_address, run.start, source.data_ptr(), param.offset, param, run, itemsize)
-                elif self._store.page_home(run.page) == native.Home.HOST:
-                    home = self._store.home_address(run.page)
-                    _copy(home, run.start, source.data_ptr(), param.offset, param, run, itemsize)
-                    self._store.publish_in_place(run.page)
-                else:
-                    self._load(run.page)
-                    frame = self._mover.take_loaded()
-                    to = self._mover.address(frame)
-                    _copy(to, run.start, source.data_ptr(), param.offset, param, run, itemsize)
-                    self._mover.write_behind(run.page, frame)
+        if param.trainable:
+            master = value.detach().to(torch.float32).contiguous().reshape(-1)
+            for page, piece, start, first, count in self._masters_of(unit, param):
+                own = master.data_ptr() + first * 4
+                self._edit(page, partial(encode, piece=piece, at=start, count=count, values=own))
+        source = rounded(value.detach(), self._dtype)
+        for run in self._param_runs(unit):
+            if run.end <= param.offset or param.end <= run.start:
+                continue
+            copy = partial(
+                _copy,
+                to_start=run.start,
+                source=source.data_ptr(),
+                source_start=param.offset,
+                param=param,
+                run=run,
+                itemsize=source.itemsize,
+            )
+            if run.device_address is not None:
+                copy(run.device_address)
+            else:
+                self._edit(run.page, copy)
         self._mover.drain()
 
     def _load(self, page: int) -> int:
@@ -157,11 +223,6 @@ class Values:
         assert loaded is not None, "one page was asked for"
         return loaded[1]
 
-    def _runs_of(self, unit: int, param: ParamLayout, *, master: bool) -> Iterator[_Run]:
-        for run in self._master_runs(unit) if master else self._param_runs(unit):
-            if run.start < param.end and param.offset < run.end:
-                yield run
-
     def _param_runs(self, unit: int) -> Iterator[_Run]:
         plan, pages = self._plan.units[unit], self._pages[unit]
         layout, step = plan.layout, self._plan.page_elements
@@ -170,28 +231,41 @@ class Values:
             if index >= len(plan.spans):
                 start = layout.frozen_offset + (index - len(plan.spans)) * step
                 section_end = layout.frozen_offset + layout.frozen_elements
-            address = self._device.address((plan.frame_offset + index) * self._plan.page_bytes)
+            address = self._device.address(self._plan.param_offset(unit, index))
             page = pages.params[index] if pages.params else -1
             yield _Run(page, None if pages.params else address, start, min(start + step, section_end))
 
-    def _master_runs(self, unit: int) -> Iterator[_Run]:
-        step = self._plan.page_bytes // 4
-        for index, span in enumerate(self._pages[unit].spans):
-            first = index * self._plan.page_elements
-            for number, page in enumerate(span.master):
-                start = first + number * step
-                yield _Run(page, None, start, min(start + step, first + span.elements))
+
+def _fill_masters(
+    to: int,
+    page: StatePage,
+    pieces: Sequence[Piece],
+    first: int,
+    layout: UnitLayout,
+    values: Mapping[str, torch.Tensor],
+) -> None:
+    """Writes a state page whose moments, if it has them, are zeros. ``first``: of its span's elements in the unit."""
+    native.fill_zero(to, page.bytes)
+    for piece in pieces:
+        start = first + piece.start
+        master = torch.empty(piece.count)
+        _gather(
+            master.data_ptr(), layout=layout, values=values, start=start, end=start + piece.count, dtype=master.dtype
+        )
+        encode(to, piece, 0, piece.count, master.data_ptr())
 
 
-def _gather(to: int, layout: UnitLayout, values: Mapping[str, torch.Tensor], run: _Run, dtype: torch.dtype) -> None:
-    """Fills a buffer with a run's elements, converted; gaps between parameters become zeros."""
-    native.fill_zero(to, (run.end - run.start) * dtype.itemsize)
+def _gather(
+    to: int, layout: UnitLayout, values: Mapping[str, torch.Tensor], start: int, end: int, dtype: torch.dtype
+) -> None:
+    """Fills a buffer with elements [start, end) of a unit, converted; gaps between parameters become zeros."""
+    native.fill_zero(to, (end - start) * dtype.itemsize)
     for param in layout.params:
-        first, last = max(run.start, param.offset), min(run.end, param.end)
+        first, last = max(start, param.offset), min(end, param.end)
         if first < last:
             flat = values[param.name].detach().reshape(-1)[first - param.offset : last - param.offset]
-            part = flat.to(dtype).contiguous()
-            native.copy_bytes(to + (first - run.start) * dtype.itemsize, part.data_ptr(), part.numel() * dtype.itemsize)
+            part = rounded(flat, dtype)
+            native.copy_bytes(to + (first - start) * dtype.itemsize, part.data_ptr(), part.numel() * dtype.itemsize)
 
 
 def _copy(to: int, to_start: int, source: int, source_start: int, param: ParamLayout, run: _Run, itemsize: int) -> None:

@@ -20,13 +20,11 @@ _HOMES = {"host": native.Home.HOST, "ssd": native.Home.SSD}
 
 @dataclass(frozen=True)
 class SpanPages:
-    """Page ids of one span. ``param`` is None where the parameters live on the device. ``step_grad`` are a step's own
-    gradients, where those in ``grad`` may be of several steps."""
+    """Page ids of one span; ``states`` as SpanPlan.states has them. ``param`` is None where the parameters live on the
+    device. ``step_grad`` are a step's own gradients, where those in ``grad`` may be of several steps."""
 
     elements: int
-    master: tuple[int, ...]
-    exp_avg: tuple[int, ...]
-    exp_avg_sq: tuple[int, ...]
+    states: tuple[int, ...]
     grad: tuple[int, ...]
     param: int | None
     step_grad: tuple[int, ...] = ()
@@ -117,33 +115,21 @@ def remove_folders(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _add(store: native.Store, home: str, elements: int, itemsize: int, page_bytes: int) -> tuple[int, ...]:
-    """Pages for a run of elements; the last one is as long as its content."""
-    total = elements * itemsize
-    sizes = [min(page_bytes, total - start) for start in range(0, total, page_bytes)]
-    return tuple(store.add_page(_HOMES[home], size) for size in sizes)
-
-
-def _add_states(store: native.Store, plan: Plan, span: SpanPlan, arena: int, kind: int) -> tuple[int, ...]:
-    if kind > plan.moment_count:
-        return ()
+def _add_states(store: native.Store, plan: Plan, span: SpanPlan, arena: int) -> tuple[int, ...]:
     if span.state_frame is None:
-        return _add(store, span.states_home, span.elements, 4, plan.page_bytes)
-    total = span.elements * 4
-    starts = range(0, total, plan.page_bytes)
-    first = span.state_frame + kind * len(starts)
+        return tuple(store.add_page(_HOMES[span.states_home], page.bytes) for page in span.states.pages)
     return tuple(
-        store.add_page_at(arena + (first + number) * plan.page_bytes, min(plan.page_bytes, total - start))
-        for number, start in enumerate(starts)
+        store.add_page_at(arena + frame * plan.page_bytes, page.bytes)
+        for frame, page in enumerate(span.states.pages, span.state_frame)
     )
 
 
 def _add_span(store: native.Store, plan: Plan, span: SpanPlan, arena: int) -> SpanPages:
-    master, exp_avg, exp_avg_sq = (_add_states(store, plan, span, arena, kind) for kind in range(3))
-    grad_total = span.elements * plan.grad_itemsize
+    states = _add_states(store, plan, span, arena)
+    step = plan.grad_page_elements
     grads, step_grads = (
         tuple(
-            store.add_page(_HOMES[home], min(plan.page_bytes, grad_total - index * plan.page_bytes))
+            store.add_page(_HOMES[home], min(step, span.elements - index * step) * plan.grad_itemsize)
             for index, home in enumerate(span.grad_homes if number < plan.grad_sets else ())
         )
         for number in range(2)
@@ -153,7 +139,7 @@ def _add_span(store: native.Store, plan: Plan, span: SpanPlan, arena: int) -> Sp
         if span.param_home == "device"
         else store.add_page(_HOMES[span.param_home], span.elements * plan.param_itemsize)
     )
-    return SpanPages(span.elements, master, exp_avg, exp_avg_sq, grads, param, step_grads)
+    return SpanPages(span.elements, states, grads, param, step_grads)
 
 
 def allocate_pages(store: native.Store, plan: Plan, arena: int = 0) -> PageIds:

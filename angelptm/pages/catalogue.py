@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,15 +11,13 @@ from angelptm.pages.allocate import PageIds
 from angelptm.plan import Plan
 from angelptm.units.layout import UnitLayout, name_elements
 
-_STATE_ITEMSIZE = 4
-
 
 @dataclass(frozen=True)
 class CataloguedPage:
     """Elements [start, start + count) of a unit, of one kind ("MASTER", "PARAM", ...).
 
-    ``page`` is its id in the native store; None for parameters that live on the device, in ``frame`` of the arena.
-    ``frozen`` pages hold frozen parameters, which have no other kinds.
+    ``page`` is its id in the native store; None for parameters that live on the device, ``offset`` bytes from the start
+    of the arena. ``frozen`` pages hold frozen parameters, which have no other kinds.
     """
 
     unit: int
@@ -28,21 +26,24 @@ class CataloguedPage:
     count: int
     page: int | None
     frozen: bool = False
-    frame: int = 0
+    offset: int = 0
+    bytes: int = 0  # of state pages
 
 
 class Catalogue:
     """The pages of a plan, by unit."""
 
     def __init__(self, plan: Plan, pages: PageIds) -> None:
+        self._splits = plan.splits_masters
         self._layouts: list[UnitLayout] = [unit.layout for unit in plan.units]
         self.by_unit: list[list[CataloguedPage]] = [list(_pages_of(plan, pages, unit)) for unit in range(len(pages))]
         self._by_id = {one.page: one for unit in self.by_unit for one in unit if one.page is not None}
 
     def committed(self, unit: int) -> list[CataloguedPage]:
         """What a commit records of a unit: its states, and its frozen parameters. Trainable parameters are their
-        masters, rounded; gradients are gone at the end of a step."""
-        return [one for one in self.by_unit[unit] if one.frozen or one.kind not in ("PARAM", "GRAD")]
+        masters, rounded, unless these are split; gradients are gone at the end of a step."""
+        left_out = ("GRAD",) if self._splits else ("PARAM", "GRAD")
+        return [one for one in self.by_unit[unit] if one.frozen or one.kind not in left_out]
 
     def name(self, page: int) -> str:
         """``EXP_AVG of h.0.mlp.c_fc.weight[0:1048576]``."""
@@ -52,29 +53,23 @@ class Catalogue:
 
 def _pages_of(plan: Plan, pages: PageIds, unit: int) -> Iterator[CataloguedPage]:
     unit_plan, unit_pages = plan.units[unit], pages[unit]
-    for index, span in enumerate(unit_pages.spans):
+    for index, (span, span_plan) in enumerate(zip(unit_pages.spans, unit_plan.spans)):
         first = index * plan.page_elements
-        for kind, ids, itemsize in (
-            ("MASTER", span.master, _STATE_ITEMSIZE),
-            ("EXP_AVG", span.exp_avg, _STATE_ITEMSIZE),
-            ("EXP_AVG_SQ", span.exp_avg_sq, _STATE_ITEMSIZE),
-            ("GRAD", span.grad, plan.grad_itemsize),
-            ("GRAD", span.step_grad, plan.grad_itemsize),
-        ):
-            yield from _run(unit, kind, ids, first, span.elements, plan.page_bytes // itemsize)
-        yield CataloguedPage(unit, "PARAM", first, span.elements, span.param, frame=unit_plan.frame_offset + index)
+        for page, states in zip(span.states, span_plan.states.pages):
+            yield CataloguedPage(unit, states.kind, first + states.start, states.count, page, bytes=states.bytes)
+        for grads in (span.grad, span.step_grad):
+            for number, page in enumerate(grads):
+                start = number * plan.grad_page_elements
+                count = min(plan.grad_page_elements, span.elements - start)
+                yield CataloguedPage(unit, "GRAD", first + start, count, page)
+        yield CataloguedPage(unit, "PARAM", first, span.elements, span.param, offset=plan.param_offset(unit, index))
     layout = unit_plan.layout
     for number in range(len(unit_plan.frozen_homes)):
         start = layout.frozen_offset + number * plan.page_elements
         count = min(plan.page_elements, layout.frozen_offset + layout.frozen_elements - start)
         index = unit_pages.frozen_start + number
-        page = unit_pages.params[index] if unit_pages.params else None
-        yield CataloguedPage(unit, "PARAM", start, count, page, True, unit_plan.frame_offset + index)
-
-
-def _run(unit: int, kind: str, ids: Sequence[int], first: int, elements: int, step: int) -> Iterator[CataloguedPage]:
-    for number, page in enumerate(ids):
-        yield CataloguedPage(unit, kind, first + number * step, min(step, elements - number * step), page)
+        param = unit_pages.params[index] if unit_pages.params else None
+        yield CataloguedPage(unit, "PARAM", start, count, param, True, plan.param_offset(unit, index))
 
 
 @contextmanager

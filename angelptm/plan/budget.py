@@ -14,9 +14,18 @@ from dataclasses import dataclass, replace
 from angelptm.errors import CapacityError
 from angelptm.plan.arena import ArenaPlacement, needed_frames, place_units, windows_of
 from angelptm.sizes import format_bytes
+from angelptm.states.layout import (
+    SpanStates,
+    UnitFormats,
+    are_records,
+    choose_page_elements,
+    elements_on_page,
+    splits_masters,
+    state_kinds,
+    states_of,
+)
 from angelptm.units.layout import UnitLayout
 
-_STATE_ITEMSIZE = 4
 _MIN_STAGING = 2
 _AUTO_RING_DEPTH = 3
 _DEEPEST_AUTO_RING = 16
@@ -75,9 +84,10 @@ class Budgets:
 @dataclass(frozen=True)
 class SpanPlan:
     """A span of a unit: the elements of one PARAM page. ``states_home`` is "device", "host" or "ssd"; on the device the
-    states take consecutive frames from ``state_frame`` on, kind after kind."""
+    states take consecutive frames from ``state_frame`` on, page after page."""
 
     elements: int
+    states: SpanStates
     states_home: str
     grad_homes: tuple[str, ...]
     param_home: str
@@ -110,6 +120,7 @@ class Plan:
     param_itemsize: int
     grad_itemsize: int
     moment_count: int
+    page_elements: int  # of a PARAM page, and so of a span: all that fit, or less where states are records
     units: tuple[UnitPlan, ...]
     arena: ArenaPlacement
     device_frames: int
@@ -140,10 +151,8 @@ class Plan:
     @property
     def update_slots(self) -> int:
         """SSD slots that updates may take at once for what they write, beyond one for each page that lives there."""
-        kinds = len([kind for kind in self.kind_bytes if kind not in ("PARAM", "GRAD")])
         written = [
-            (kinds * _pages(span.elements, _STATE_ITEMSIZE, self.page_bytes) if span.states_home == "ssd" else 0)
-            + (span.param_home == "ssd")
+            (len(span.states.pages) if span.states_home == "ssd" else 0) + (span.param_home == "ssd")
             for unit in self.units
             for span in unit.spans
         ]
@@ -155,9 +164,23 @@ class Plan:
         return self.spare_frames > 0
 
     @property
-    def page_elements(self) -> int:
-        """Elements of a PARAM page, and so of a span."""
-        return self.page_bytes // self.param_itemsize
+    def grad_page_elements(self) -> int:
+        return elements_on_page(self.page_elements, self.grad_itemsize, self.page_bytes)
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """Kinds of state pages: those of separate states, or that of records."""
+        return tuple(kind for kind in self.kind_bytes if kind not in ("PARAM", "GRAD"))
+
+    @property
+    def splits_masters(self) -> bool:
+        """Whether a master is a trainable parameter and a remainder, so that neither is anything without the other."""
+        return splits_masters([unit.layout for unit in self.units])
+
+    def param_offset(self, unit: int, index: int) -> int:
+        """Bytes from the start of the arena to the unit's PARAM page of that index, where the arena is as it was laid
+        out at first: a unit's parameters follow one another there without a gap."""
+        return self.units[unit].frame_offset * self.page_bytes + index * self.page_elements * self.param_itemsize
 
     @property
     def device_state_frames(self) -> int:
@@ -191,43 +214,67 @@ class _Demand:
     span_grad_pages: int
 
 
-def _span_elements(layout: UnitLayout, page_elements: int) -> list[int]:
-    full, rest = divmod(layout.trainable_elements, page_elements)
-    return [page_elements] * full + ([rest] if rest else [])
-
-
-def _pages(elements: int, itemsize: int, page_bytes: int) -> int:
-    return math.ceil(elements * itemsize / page_bytes)
-
-
 def _param_pages(layout: UnitLayout, page_elements: int) -> int:
     return math.ceil(layout.trainable_elements / page_elements) + math.ceil(layout.frozen_elements / page_elements)
 
 
-def _demand(layouts: Sequence[UnitLayout], page_bytes: int, item: int, grad_item: int, moments: int) -> _Demand:
-    spans = [elements for layout in layouts for elements in _span_elements(layout, page_bytes // item)]
-    states = _span_states(spans, page_bytes, moments)
-    grads = [_pages(elements, grad_item, page_bytes) for elements in spans]
-    return _Demand(
-        param_pages=sum(_param_pages(layout, page_bytes // item) for layout in layouts),
-        grad_pages=sum(grads),
-        state_pages=sum(states),
-        span_state_pages=max(states, default=0),
-        span_grad_pages=max(grads, default=0),
+@dataclass(frozen=True)
+class _Shape:
+    """A model in pages, before they have homes: each unit's spans as (elements, pages of gradients, states)."""
+
+    layouts: Sequence[UnitLayout]
+    page_bytes: int
+    page_elements: int
+    compact: bool
+    spans: list[list[tuple[int, int, SpanStates]]]
+
+    @property
+    def demand(self) -> _Demand:
+        spans = [span for unit in self.spans for span in unit]
+        return _Demand(
+            param_pages=sum(_param_pages(layout, self.page_elements) for layout in self.layouts),
+            grad_pages=sum(grads for _, grads, _ in spans),
+            state_pages=sum(self.state_pages),
+            span_state_pages=max(self.state_pages, default=0),
+            span_grad_pages=max((grads for _, grads, _ in spans), default=0),
+        )
+
+    @property
+    def state_pages(self) -> list[int]:
+        """Pages of all kinds of state of each span."""
+        return [len(states.pages) for unit in self.spans for _, _, states in unit]
+
+
+def _shape(
+    layouts: Sequence[UnitLayout], page_bytes: int, param_itemsize: int, grad_itemsize: int, moment_count: int
+) -> _Shape:
+    params = [(param.numel, param.states) for layout in layouts for param in layout.params if param.trainable]
+    page_elements = choose_page_elements(
+        params,
+        page_bytes=page_bytes,
+        param_itemsize=param_itemsize,
+        grad_itemsize=grad_itemsize,
+        moment_count=moment_count,
     )
+    compact = are_records([(count, formats.of_rule(moment_count)) for count, formats in params])
+    grad_step = elements_on_page(page_elements, grad_itemsize, page_bytes)
+    spans = []
+    for layout in layouts:
+        formats = UnitFormats(layout, moment_count)
+        own = []
+        for first in range(0, layout.trainable_elements, page_elements):
+            elements = min(page_elements, layout.trainable_elements - first)
+            states = states_of(
+                formats, first, elements, page_bytes=page_bytes, page_elements=page_elements, compact=compact
+            )
+            own.append((elements, math.ceil(elements / grad_step), states))
+        spans.append(own)
+    return _Shape(layouts, page_bytes, page_elements, compact, spans)
 
 
-def _span_states(spans: Sequence[int], page_bytes: int, moments: int) -> list[int]:
-    """Pages of all kinds of state, of spans of these numbers of elements."""
-    return [(1 + moments) * _pages(elements, _STATE_ITEMSIZE, page_bytes) for elements in spans]
-
-
-def _states_on_device(
-    layouts: Sequence[UnitLayout], budgets: Budgets, demand: _Demand, room: int, item: int, moments: int
-) -> tuple[int, _Demand]:
+def _states_on_device(shape: _Shape, demand: _Demand, room: int) -> tuple[int, _Demand]:
     """How many spans, from the first on, have their states in ``room`` frames, and the demand that is left."""
-    spans = [elements for layout in layouts for elements in _span_elements(layout, budgets.page_bytes // item)]
-    states = _span_states(spans, budgets.page_bytes, moments)
+    states = shape.state_pages
     count = 0
     while count < len(states) and states[count] <= room:
         room -= states[count]
@@ -237,9 +284,10 @@ def _states_on_device(
 
 
 def _place_arena(
-    layouts: Sequence[UnitLayout], sites: Sequence[tuple[Sequence[int], int]], budgets: Budgets, item: int
+    shape: _Shape, sites: Sequence[tuple[Sequence[int], int]], budgets: Budgets
 ) -> tuple[ArenaPlacement, list[int]]:
-    sizes = [_param_pages(layout, budgets.page_bytes // item) for layout in layouts]
+    layouts = shape.layouts
+    sizes = [_param_pages(layout, shape.page_elements) for layout in layouts]
     frames = budgets.device_bytes // budgets.page_bytes
     windows = windows_of(sites, len(layouts))
     placement = place_units(sizes, windows, frames)
@@ -464,7 +512,8 @@ def make_plan(
     the bytes needed and available, and what would help; nothing has been allocated then.
     """
     page_bytes = budgets.page_bytes
-    demand = _demand(layouts, page_bytes, param_itemsize, grad_itemsize, moment_count)
+    shape = _shape(layouts, page_bytes, param_itemsize, grad_itemsize, moment_count)
+    demand = shape.demand
     device_frames = budgets.device_bytes // page_bytes
     fits_device = demand.param_pages <= device_frames
     param_on_device = budgets.param == "device" or (budgets.param == "auto" and fits_device)
@@ -480,11 +529,11 @@ def make_plan(
             "keeping all parameters on the device (placement.param: device)",
             f"Raise tiers.device to {_mib(demand.param_pages * page_bytes)}, or set placement.param to auto.",
         )
-    arena, sizes = _place_arena(layouts, sites, budgets, param_itemsize)
+    arena, sizes = _place_arena(shape, sites, budgets)
     spans_on_device = 0
     if budgets.states_on_device and param_on_device and budgets.states == "auto":
         room = device_frames - arena.peak_frames
-        spans_on_device, demand = _states_on_device(layouts, budgets, demand, room, param_itemsize, moment_count)
+        spans_on_device, demand = _states_on_device(shape, demand, room)
     split = _split_host(budgets, demand, param_on_device, _spare_frames(budgets, demand, stay))
     params, grads, states = _Placer(split.param), _Placer(split.grad), _Placer(split.states)
     next_frame = arena.peak_frames
@@ -492,9 +541,8 @@ def make_plan(
     units = []
     for index, layout in enumerate(layouts):
         spans = []
-        for elements in _span_elements(layout, page_bytes // param_itemsize):
-            state_pages = (1 + moment_count) * _pages(elements, _STATE_ITEMSIZE, page_bytes)
-            grad_pages = _pages(elements, grad_itemsize, page_bytes)
+        for elements, grad_pages, own_states in shape.spans[index]:
+            state_pages = len(own_states.pages)
             state_frame = None
             if spans_on_device > 0:
                 spans_on_device -= 1
@@ -502,18 +550,19 @@ def make_plan(
             spans.append(
                 SpanPlan(
                     elements,
+                    own_states,
                     states.home(state_pages) if state_frame is None else "device",
                     tuple(grads.home() for _ in range(grad_pages)),
                     "device" if param_on_device else params.home(),
                     state_frame,
                 )
             )
-        frozen = math.ceil(layout.frozen_elements / (page_bytes // param_itemsize))
+        frozen = math.ceil(layout.frozen_elements / shape.page_elements)
         frozen_homes = tuple("device" if param_on_device else params.home() for _ in range(frozen))
         units.append(UnitPlan(layout, arena.offsets[index], sizes[index], tuple(spans), frozen_homes))
 
     grad_sets = budgets.sweep.grad_sets if budgets.sweep is not None else 1
-    kind_bytes = _kind_bytes(units, page_bytes, moment_count, grad_sets)
+    kind_bytes = _kind_bytes(units, page_bytes, state_kinds(moment_count, shape.compact), grad_sets)
     live = sum(tiers["ssd"] for tiers in kind_bytes.values()) // page_bytes
     commit_slots = _commit_slots(budgets, units, kind_bytes)
     slots = (live + _slots_in_flight(budgets, demand) if live else 0) + commit_slots
@@ -524,6 +573,7 @@ def make_plan(
         param_itemsize=param_itemsize,
         grad_itemsize=grad_itemsize,
         moment_count=moment_count,
+        page_elements=shape.page_elements,
         units=tuple(units),
         arena=arena,
         device_frames=device_frames,
@@ -553,10 +603,10 @@ def make_plan(
 def _commit_slots(budgets: Budgets, units: Sequence[UnitPlan], kind_bytes: dict[str, dict[str, int]]) -> int:
     """Slots that commits hold beyond what is current.
 
-    Trainable parameters are in no commit, being their masters rounded. A state page that lives on the SSD is current in
-    one slot and in one more for each commit kept; the commit that is being made shares the current one. One that lives
-    in memory has a copy in each commit kept and in the one being made; where that one fails, its copies stay until
-    those of the next replace them, some at a time. Frozen parameters never change: one copy.
+    Trainable parameters are in no commit, being their masters rounded, unless these are split. A page that lives on the
+    SSD is current in one slot and in one more for each commit kept; the commit that is being made shares the current
+    one. One that lives in memory has a copy in each commit kept and in the one being made; where that one fails, its
+    copies stay until those of the next replace them, some at a time. Frozen parameters never change: one copy.
     """
     if budgets.commits is None:
         return 0
@@ -564,6 +614,10 @@ def _commit_slots(budgets: Budgets, units: Sequence[UnitPlan], kind_bytes: dict[
     states = [tiers for kind, tiers in kind_bytes.items() if kind not in ("PARAM", "GRAD")]
     on_ssd = sum(tiers["ssd"] for tiers in states) // budgets.page_bytes
     on_host = sum(tiers["host"] + tiers["device"] for tiers in states) // budgets.page_bytes
+    if splits_masters([unit.layout for unit in units]):
+        homes = [span.param_home for unit in units for span in unit.spans]
+        on_ssd += homes.count("ssd")
+        on_host += len(homes) - homes.count("ssd")
     frozen = sum(home != "ssd" for unit in units for home in unit.frozen_homes)
     other = math.ceil(budgets.commits.other_bytes / budgets.page_bytes)
     return keep * on_ssd + (keep + 1) * (on_host + other) + min(on_host, budgets.queue_depth) + frozen
@@ -578,18 +632,16 @@ def _slots_in_flight(budgets: Budgets, demand: _Demand) -> int:
 
 
 def _kind_bytes(
-    units: Sequence[UnitPlan], page_bytes: int, moment_count: int, grad_sets: int
+    units: Sequence[UnitPlan], page_bytes: int, kinds: Sequence[str], grad_sets: int
 ) -> dict[str, dict[str, int]]:
-    kinds = ["PARAM", "GRAD", "MASTER", "EXP_AVG", "EXP_AVG_SQ"][: 3 + moment_count]
-    pages = {kind: {"device": 0, "host": 0, "ssd": 0} for kind in kinds}
+    pages = {kind: {"device": 0, "host": 0, "ssd": 0} for kind in ("PARAM", "GRAD", *kinds)}
     for unit in units:
         for span in unit.spans:
             pages["PARAM"][span.param_home] += page_bytes
             for home in span.grad_homes:
                 pages["GRAD"][home] += page_bytes * grad_sets
-            for kind in kinds[2:]:
-                state_pages = _pages(span.elements, _STATE_ITEMSIZE, page_bytes)
-                pages[kind][span.states_home] += state_pages * page_bytes
+            for page in span.states.pages:
+                pages[page.kind][span.states_home] += page_bytes
         for home in unit.frozen_homes:
             pages["PARAM"][home] += page_bytes
     return pages

@@ -13,7 +13,8 @@ from angelptm.plan.rates import Rates
 from angelptm.plan.schedule import Schedule
 from angelptm.plan.simulate import simulate
 from angelptm.plan.trace import Trace
-from angelptm.units.layout import pack
+from angelptm.states.layout import choose_page_elements
+from angelptm.units.layout import ParamSpec, pack
 
 _TIE = 1e-3
 """Candidates whose times differ by less than this part of them are as fast as one another."""
@@ -21,12 +22,19 @@ _TIE = 1e-3
 
 def plan_from_trace(trace: Trace, budgets: Budgets) -> Plan:
     """The plan of a traced model under any budgets, any page size too. Raises CapacityError as make_plan does."""
-    page_elements = budgets.page_bytes // trace.param_itemsize
+    params = [(param.numel, param.states) for one in trace.layouts for param in one.params if param.trainable]
+    page_elements = choose_page_elements(
+        params,
+        page_bytes=budgets.page_bytes,
+        param_itemsize=trace.param_itemsize,
+        grad_itemsize=trace.grad_itemsize,
+        moment_count=trace.moment_count,
+    )
     layouts = [
         pack(
             layout.name,
             layout.index,
-            [(param.name, param.shape, param.trainable, param.owners) for param in layout.params],
+            [ParamSpec(one.name, one.shape, one.trainable, one.owners, one.states) for one in layout.params],
             page_elements,
         )
         for layout in trace.layouts

@@ -112,6 +112,9 @@ class Fields:
             raise self.error(name, value, "an object")
         return value
 
+    def has(self, name: str) -> bool:
+        return name in self._data
+
     def inner(self, name: str) -> Fields:
         return Fields(
             self.raw(name, "an object"), self._path, self._remedy, f"{self._where}.{name}" if self._where else name

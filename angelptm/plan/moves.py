@@ -18,7 +18,7 @@ from angelptm.plan.residence import (
 )
 from angelptm.plan.schedule import LINKS, UPDATES, CopyOut, Fetch, Schedule, Traffic, WriteBack
 from angelptm.plan.trace import Trace
-from angelptm.plan.transfers import STATE_KINDS, UnitTransfers, transfers_of
+from angelptm.plan.transfers import UnitTransfers, transfers_of
 
 
 def residents_of(plan: Plan, trace: Trace, updates: str) -> Residents:
@@ -109,7 +109,6 @@ def make_schedule(
         CopyOut(done.unit, done.use, done.bytes, sum(span.grad_ssd_bytes for span in transfers[done.unit].spans))
         for done in completed
     )
-    kinds = 1 + plan.moment_count
     return Schedule(
         updates=updates,
         use_count=len(trace.uses),
@@ -124,8 +123,8 @@ def make_schedule(
         read_ahead_order=ahead_order if read_states_ahead else (),
         read_ahead_frames=read_ahead_frames,
         copy_outs=copy_outs,
-        write_backs=tuple(_write_back(unit, transfers[unit], kinds) for unit in update_order),
-        traffic=_traffic(transfers, fetches, copy_outs, update_order, plan.moment_count),
+        write_backs=tuple(_write_back(unit, transfers[unit], len(plan.state_kinds)) for unit in update_order),
+        traffic=_traffic(transfers, fetches, copy_outs, update_order, plan.state_kinds),
     )
 
 
@@ -202,20 +201,20 @@ def _traffic(
     fetches: Sequence[Fetch],
     copy_outs: Sequence[CopyOut],
     updated: Sequence[int],
-    moment_count: int,
+    state_kinds: Sequence[str],
 ) -> Traffic:
     """Bytes of a step by kind and link, if no new parameters are handed from the updater to a waiting fetch."""
     spans = [span for unit in updated for span in transfers[unit].spans]
     states = sum(span.state_ssd_bytes for span in spans)
     grads = sum(move.ssd_bytes for move in copy_outs)
-    traffic = {kind: dict.fromkeys(LINKS, 0) for kind in ("PARAM", "GRAD", *STATE_KINDS[: 1 + moment_count])}
+    traffic = {kind: dict.fromkeys(LINKS, 0) for kind in ("PARAM", "GRAD", *state_kinds)}
     traffic["PARAM"].update(
-        ssd_read=sum(fetch.ssd_bytes for fetch in fetches),
+        ssd_read=sum(fetch.ssd_bytes for fetch in fetches) + sum(span.old_param_ssd_bytes for span in spans),
         ssd_written=sum(span.param_ssd_bytes for span in spans),
         host_to_device=sum(fetch.bytes for fetch in fetches),
         published=sum(span.param_content_bytes for span in spans),
     )
     traffic["GRAD"].update(ssd_read=grads, ssd_written=grads, device_to_host=sum(move.bytes for move in copy_outs))
-    for kind in STATE_KINDS[: 1 + moment_count]:
+    for kind in state_kinds:
         traffic[kind].update(ssd_read=states, ssd_written=states)
     return traffic

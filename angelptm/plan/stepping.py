@@ -17,7 +17,7 @@ from angelptm.plan.rates import Rates
 from angelptm.plan.residence import neighbours_of
 from angelptm.plan.schedule import LINKS, Fetch, Schedule, Traffic
 from angelptm.plan.trace import Trace
-from angelptm.plan.transfers import STATE_KINDS, transfers_of
+from angelptm.plan.transfers import transfers_of
 from angelptm.plan.updating import Group, SimulatedUpdater, groups_of
 
 
@@ -53,7 +53,7 @@ class SimulatedStep:
             ),
         )
         transfers = transfers_of(plan)
-        kinds = 1 + plan.moment_count
+        kinds = plan.state_kinds
         trained = schedule.update_order
         self._names = [unit.layout.name for unit in plan.units]
         self._always = [own.always_there for own in transfers]
@@ -69,7 +69,7 @@ class SimulatedStep:
         self._trained = set(trained)
         self.updater = SimulatedUpdater(
             self.machine,
-            dict(zip(trained, groups_of(transfers, trained, kinds))),
+            dict(zip(trained, groups_of(transfers, trained, len(kinds)))),
             {unit: place for place, unit in enumerate(trained)},
             schedule.read_ahead_order if self._planned else (),
             threads=settings.update_threads or plan.update_threads,
@@ -115,7 +115,7 @@ class SimulatedStep:
         self.totals = StepTotals(
             dict.fromkeys(CHANNELS, 0.0),
             {},
-            {kind: dict.fromkeys(LINKS, 0) for kind in ("PARAM", "GRAD", *STATE_KINDS[:kinds])},
+            {kind: dict.fromkeys(LINKS, 0) for kind in ("PARAM", "GRAD", *kinds)},
             0,
             0.0,
         )

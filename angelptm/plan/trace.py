@@ -13,6 +13,7 @@ from pathlib import Path
 from angelptm.plan import jsonfile
 from angelptm.plan.arena import Window
 from angelptm.plan.jsonfile import Fields
+from angelptm.states.formats import FP32, MASTER_ITEMSIZE, MOMENT_ITEMSIZE, StateFormats
 from angelptm.units.layout import ParamLayout, UnitLayout
 
 PHASES = ("forward", "recompute", "backward")
@@ -139,7 +140,14 @@ class Trace:
 
 
 def _layout_json(layout: UnitLayout) -> dict[str, object]:
-    return {**vars(layout), "params": [vars(param) for param in layout.params]}
+    """Formats of states are left out where they are fp32."""
+    params = []
+    for param in layout.params:
+        fields = {**vars(param), "states": vars(param.states)}
+        if param.states == FP32:
+            del fields["states"]
+        params.append(fields)
+    return {**vars(layout), "params": params}
 
 
 def _read_layout(fields: Fields) -> UnitLayout:
@@ -166,6 +174,18 @@ def _read_param(fields: Fields) -> ParamLayout:
         offset=fields.whole("offset"),
         trainable=fields.flag("trainable"),
         owners=tuple((owner[0], owner[1]) for owner in owners),
+        states=_read_states(fields),
+    )
+
+
+def _read_states(fields: Fields) -> StateFormats:
+    if not fields.has("states"):
+        return FP32
+    own = fields.inner("states")
+    return StateFormats(
+        master=own.text("master", tuple(MASTER_ITEMSIZE)),
+        exp_avg=own.text("exp_avg", tuple(MOMENT_ITEMSIZE)),
+        exp_avg_sq=own.text("exp_avg_sq", tuple(MOMENT_ITEMSIZE)),
     )
 
 

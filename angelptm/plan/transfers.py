@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from angelptm.plan.budget import Plan, SpanPlan
+from angelptm.states.layout import elements_on_page
 
 _BLOCK_BYTES = 4096
-_STATE_ITEMSIZE = 4
-STATE_KINDS = ("MASTER", "EXP_AVG", "EXP_AVG_SQ")
 
 
 def on_ssd(content_bytes: int) -> int:
@@ -19,22 +18,23 @@ def on_ssd(content_bytes: int) -> int:
     return -(-content_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
-def _page_bytes(elements: int, itemsize: int, page_bytes: int) -> list[int]:
-    """Content of each page of a run of elements."""
-    total = elements * itemsize
-    return [min(page_bytes, total - start) for start in range(0, total, page_bytes)]
+def _page_bytes(elements: int, itemsize: int, plan: Plan) -> list[int]:
+    """Content of each page of a run of elements, one that begins a span."""
+    step = elements_on_page(plan.page_elements, itemsize, plan.page_bytes)
+    return [min(step, elements - start) * itemsize for start in range(0, elements, step)]
 
 
 @dataclass(frozen=True)
 class SpanTransfers:
     """SSD bytes of one update of a span, in one direction: 0 for what lives elsewhere. ``param_content_bytes`` is what
-    it publishes, wherever that lives."""
+    it publishes, wherever that lives. ``old_param_ssd_bytes``: former parameters that it reads to form the masters."""
 
     elements: int
     state_ssd_bytes: int  # of one kind of state: each of them the same
     grad_ssd_bytes: int
     param_ssd_bytes: int
     param_content_bytes: int
+    old_param_ssd_bytes: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def transfers_of(plan: Plan) -> tuple[UnitTransfers, ...]:
     units = []
     for unit in plan.units:
         pages = [(span.param_home, span.elements * plan.param_itemsize) for span in unit.spans]
-        frozen = _page_bytes(unit.layout.frozen_elements, plan.param_itemsize, plan.page_bytes)
+        frozen = _page_bytes(unit.layout.frozen_elements, plan.param_itemsize, plan)
         pages += zip(unit.frozen_homes, frozen)
         moved = [(home, size) for home, size in pages if home != "device"]
         staged = [size for home, size in moved if home == "ssd"]
@@ -73,13 +73,15 @@ def transfers_of(plan: Plan) -> tuple[UnitTransfers, ...]:
 
 
 def _span(plan: Plan, span: SpanPlan) -> SpanTransfers:
-    states = _page_bytes(span.elements, _STATE_ITEMSIZE, plan.page_bytes)
-    grads = _page_bytes(span.elements, plan.grad_itemsize, plan.page_bytes)
+    states = sum(on_ssd(page.bytes) for page in span.states.pages)
+    assert states % len(plan.state_kinds) == 0, "separate states have as many bytes for each kind"
+    grads = _page_bytes(span.elements, plan.grad_itemsize, plan)
     param = span.elements * plan.param_itemsize
     return SpanTransfers(
         elements=span.elements,
-        state_ssd_bytes=sum(map(on_ssd, states)) if span.states_home == "ssd" else 0,
+        state_ssd_bytes=states // len(plan.state_kinds) if span.states_home == "ssd" else 0,
         grad_ssd_bytes=sum(on_ssd(size) for home, size in zip(span.grad_homes, grads) if home == "ssd"),
         param_ssd_bytes=on_ssd(param) if span.param_home == "ssd" else 0,
         param_content_bytes=param,
+        old_param_ssd_bytes=on_ssd(param) if span.param_home == "ssd" and span.states.has_split_masters else 0,
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from angelptm.plan.channels import Machine
-from angelptm.plan.transfers import STATE_KINDS, SpanTransfers, UnitTransfers
+from angelptm.plan.transfers import SpanTransfers, UnitTransfers
 
 _MOST_GROUPS = 1500
 
@@ -23,6 +23,7 @@ class Group:
     elements: int
     state_bytes: int  # on the SSD, all kinds
     grad_bytes: int
+    old_param_bytes: int  # on the SSD, read with the gradients
     param_ssd_bytes: int
     param_content_bytes: int
     param_ssd_pages: int
@@ -51,6 +52,7 @@ def _group(unit: int, spans: Sequence[SpanTransfers], state_kinds: int) -> Group
         elements=sum(span.elements for span in spans),
         state_bytes=state_kinds * sum(span.state_ssd_bytes for span in spans),
         grad_bytes=sum(span.grad_ssd_bytes for span in spans),
+        old_param_bytes=sum(span.old_param_ssd_bytes for span in spans),
         param_ssd_bytes=sum(span.param_ssd_bytes for span in spans),
         param_content_bytes=sum(span.param_content_bytes for span in spans),
         param_ssd_pages=sum(span.param_ssd_bytes > 0 for span in spans),
@@ -76,7 +78,7 @@ class SimulatedUpdater:
         write_depth: int,
         latency: float,
         elements_per_s: float,
-        state_kinds: int,
+        state_kinds: Sequence[str],
         published: Callable[[Group], None],
         written: Callable[[Group], None],
         moved: Callable[[str, str, int], None],
@@ -157,8 +159,8 @@ class SimulatedUpdater:
             self._compute_if_ready(group)
 
         if group.state_bytes:
-            for kind in range(self._state_kinds):
-                self._moved(STATE_KINDS[kind], "ssd_read", group.state_bytes // self._state_kinds)
+            for kind in self._state_kinds:
+                self._moved(kind, "ssd_read", group.state_bytes // len(self._state_kinds))
             self._machine.transfer(write=False, size=group.state_bytes, latency=self._latency, done=arrived)
         else:
             group.arrived = True
@@ -170,12 +172,14 @@ class SimulatedUpdater:
 
         def read() -> None:
             group.grads_read = True
-            self._drawn("ssd read", "gradients", start, group.grad_bytes)
+            self._drawn("ssd read", "gradients" if group.grad_bytes else "former parameters", start, size)
             self._compute_if_ready(group)
 
-        if group.grad_bytes:
+        size = group.grad_bytes + group.old_param_bytes
+        if size:
             self._moved("GRAD", "ssd_read", group.grad_bytes)
-            self._machine.transfer(write=False, size=group.grad_bytes, latency=self._latency, done=read)
+            self._moved("PARAM", "ssd_read", group.old_param_bytes)
+            self._machine.transfer(write=False, size=size, latency=self._latency, done=read)
         else:
             group.grads_read = True
             self._compute_if_ready(group)
@@ -231,8 +235,8 @@ class SimulatedUpdater:
             self.feed()
 
         if size:
-            for kind in range(self._state_kinds):
-                self._moved(STATE_KINDS[kind], "ssd_written", group.state_bytes // self._state_kinds)
+            for kind in self._state_kinds:
+                self._moved(kind, "ssd_written", group.state_bytes // len(self._state_kinds))
             self._moved("PARAM", "ssd_written", group.param_ssd_bytes)
             self._machine.transfer(write=True, size=size, latency=self._latency, done=finish)
         else:

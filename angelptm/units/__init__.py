@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from angelptm.units.layout import ALIGN_ELEMENTS, ParamLayout, UnitLayout, pack
+from angelptm.units.layout import ALIGN_ELEMENTS, ParamLayout, ParamSpec, UnitLayout, pack
 
 if TYPE_CHECKING:
     from angelptm.units.find import FoundUnit, Site, Structure, find_structure
@@ -16,6 +16,7 @@ __all__ = [
     "ALIGN_ELEMENTS",
     "FoundUnit",
     "ParamLayout",
+    "ParamSpec",
     "Site",
     "Structure",
     "UnitLayout",

@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from angelptm.states.formats import FP32, StateFormats
 
 ALIGN_ELEMENTS = 128
 """Parameters start at multiples of this: 256 bytes in bf16, 512 in fp32."""
@@ -24,7 +27,7 @@ class ParamLayout:
     """One parameter's place in its unit.
 
     ``owners`` are the (module name, attribute) pairs that hold it; more than one means tied. ``offset`` counts elements
-    from the unit's start.
+    from the unit's start. ``states`` are the formats of its optimizer states, if it is trained.
     """
 
     name: str
@@ -32,6 +35,7 @@ class ParamLayout:
     offset: int
     trainable: bool
     owners: tuple[tuple[str, str], ...]
+    states: StateFormats = FP32
 
     @property
     def numel(self) -> int:
@@ -58,13 +62,18 @@ class UnitLayout:
         return sum(param.numel for param in self.params)
 
 
-def pack(
-    name: str,
-    index: int,
-    params: Sequence[tuple[str, tuple[int, ...], bool, tuple[tuple[str, str], ...]]],
-    page_elements: int,
-) -> UnitLayout:
-    """Lays (name, shape, trainable, owners) tuples back to back in the order given.
+class ParamSpec(NamedTuple):
+    """A parameter before it has a place; the fields are those of ParamLayout."""
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+    owners: tuple[tuple[str, str], ...]
+    states: StateFormats = FP32
+
+
+def pack(name: str, index: int, params: Sequence[ParamSpec], page_elements: int) -> UnitLayout:
+    """Lays parameters back to back in the order given.
 
     ``page_elements`` is the number of elements of a PARAM page, where the frozen section must start.
     """
@@ -72,10 +81,10 @@ def pack(
 
     def place(trainable: bool, start: int) -> int:
         offset = start
-        for param_name, shape, param_trainable, owners in params:
-            if param_trainable is trainable:
-                placed.append(ParamLayout(param_name, shape, offset, trainable, owners))
-                offset = align_up(offset + math.prod(shape), ALIGN_ELEMENTS)
+        for spec in params:
+            if spec.trainable is trainable:
+                placed.append(ParamLayout(spec.name, spec.shape, offset, trainable, spec.owners, spec.states))
+                offset = align_up(offset + math.prod(spec.shape), ALIGN_ELEMENTS)
         return offset
 
     trainable_elements = place(True, 0)

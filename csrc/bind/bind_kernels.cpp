@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "bind/bind.h"
@@ -42,7 +44,9 @@ void bind_hyper(py::module_& module) {
       .def_readwrite("first_step", &Hyper::first_step)
       .def_readwrite("bias_correction1", &Hyper::bias_correction1)
       .def_readwrite("bias_correction2_sqrt", &Hyper::bias_correction2_sqrt)
-      .def_readwrite("grad_scale", &Hyper::grad_scale);
+      .def_readwrite("grad_scale", &Hyper::grad_scale)
+      .def_readwrite("seed", &Hyper::seed)
+      .def_readwrite("step", &Hyper::step);
 }
 
 void bind_step(py::module_& module) {
@@ -154,6 +158,27 @@ void bind_gradient(py::module_& module) {
          std::uint64_t first_element) {
         return kernels::accumulate(pointer<void>(dst), dst_dtype, pointer<const void>(src), src_dtype, count, add,
                                    first_element);
+      },
+      py::arg("dst"), py::arg("dst_dtype"), py::arg("src"), py::arg("src_dtype"), py::arg("count"), py::arg("add"),
+      py::arg("first_element"), py::call_guard<py::gil_scoped_release>());
+  // The same as leaves of the tree: [sum of squares of each one that the elements touch, in order], finiteness of all.
+  module.def(
+      "accumulate_leaves",
+      [](std::uintptr_t dst, DType dst_dtype, std::uintptr_t src, DType src_dtype, std::size_t count, bool add,
+         std::uint64_t first_element) {
+        std::vector<double> sums;
+        bool finite = true;
+        for (std::size_t done = 0; done < count;) {
+          const std::uint64_t first = first_element + done;
+          const std::size_t part = std::min<std::size_t>(count - done, kernels::kBlock - first % kernels::kBlock);
+          const GradStats stats =
+              kernels::accumulate(pointer<void>(dst + done * itemsize(dst_dtype)), dst_dtype,
+                                  pointer<const void>(src + done * itemsize(src_dtype)), src_dtype, part, add, first);
+          sums.push_back(stats.sum_squares);
+          finite = finite && stats.finite;
+          done += part;
+        }
+        return std::make_pair(std::move(sums), finite);
       },
       py::arg("dst"), py::arg("dst_dtype"), py::arg("src"), py::arg("src_dtype"), py::arg("count"), py::arg("add"),
       py::arg("first_element"), py::call_guard<py::gil_scoped_release>());

@@ -148,42 +148,69 @@ void bind_sweep(py::module_& module, UpdaterClass& updater) {
 }  // namespace
 
 void bind_updater(py::module_& module) {
+  using update::StatePlace;
+  using update::StateRun;
+  py::class_<StatePlace>(module, "StatePlace")
+      .def(py::init([](std::uint32_t page, std::uint32_t offset, std::uint32_t scales) {
+             return StatePlace{page, offset, scales};
+           }),
+           py::arg("page"), py::arg("offset") = 0, py::arg("scales") = 0);
+  py::class_<StateRun>(module, "StateRun")
+      .def(py::init([](std::uint64_t start, std::uint64_t count, kernels::MasterFormat master_format,
+                       kernels::MomentFormat exp_avg_format, kernels::MomentFormat exp_avg_sq_format, StatePlace master,
+                       std::optional<StatePlace> exp_avg, std::optional<StatePlace> exp_avg_sq) {
+             return StateRun{start,
+                             count,
+                             master_format,
+                             exp_avg_format,
+                             exp_avg_sq_format,
+                             master,
+                             exp_avg.value_or(StatePlace{}),
+                             exp_avg_sq.value_or(StatePlace{})};
+           }),
+           py::kw_only(), py::arg("start"), py::arg("count"), py::arg("master_format") = kernels::MasterFormat::kF32,
+           py::arg("exp_avg_format") = kernels::MomentFormat::kF32,
+           py::arg("exp_avg_sq_format") = kernels::MomentFormat::kF32, py::arg("master"), py::arg("exp_avg"),
+           py::arg("exp_avg_sq"));
   py::class_<Span>(module, "Span")
-      .def(py::init([](std::uint64_t elements, std::vector<PageId> master, std::vector<PageId> exp_avg,
-                       std::vector<PageId> exp_avg_sq, std::vector<PageId> grad, std::optional<PageId> param,
-                       std::optional<std::uint64_t> device_param, std::vector<PageId> step_grad) {
+      .def(py::init([](std::uint64_t elements, std::vector<PageId> states, std::vector<StateRun> runs,
+                       std::vector<PageId> grad, std::optional<PageId> param, std::optional<std::uint64_t> device_param,
+                       std::vector<PageId> step_grad, std::uint64_t unit, std::uint64_t first_element) {
              return Span{elements,
-                         std::move(master),
-                         std::move(exp_avg),
-                         std::move(exp_avg_sq),
+                         std::move(states),
+                         std::move(runs),
                          std::move(grad),
                          param.value_or(pages::kNoPage),
                          reinterpret_cast<std::byte*>(device_param.value_or(0)),
-                         std::move(step_grad)};
+                         std::move(step_grad),
+                         unit,
+                         first_element};
            }),
-           py::kw_only(), py::arg("elements"), py::arg("master"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-           py::arg("grad"), py::arg("param"), py::arg("device_param"), py::arg("step_grad") = std::vector<PageId>());
+           py::kw_only(), py::arg("elements"), py::arg("states"), py::arg("runs"), py::arg("grad"), py::arg("param"),
+           py::arg("device_param"), py::arg("step_grad") = std::vector<PageId>(), py::arg("unit") = 0,
+           py::arg("first_element") = 0);
 
   UpdaterClass updater(module, "Updater");
   bind_sweep(module, updater);
   updater
       .def(py::init([](pages::Store& store, std::size_t threads, std::vector<Span> spans, std::size_t ring_depth,
                        kernels::Rule rule, DType grad_dtype, DType param_dtype, std::size_t write_depth,
-                       pages::Fetcher* fetcher, const py::object& /*memory*/, std::optional<SweepOptions> sweep) {
+                       pages::Fetcher* fetcher, const py::object& /*memory*/, std::optional<SweepOptions> sweep,
+                       std::uint64_t grad_page_elements) {
              constexpr std::size_t kMostThreads = 256;
              if (threads > kMostThreads) throw std::invalid_argument("an updater has at most 256 threads");
              std::vector<std::unique_ptr<io::Engine>> engines;
              for (std::size_t i = 0; i < threads; ++i) engines.push_back(store.make_engine());
              return std::unique_ptr<Updater, EndWithoutInterpreter>(
                  new Updater(store.table(), std::move(engines), std::move(spans),
-                             UpdaterOptions{ring_depth, rule, grad_dtype, param_dtype, store.options().deadline_seconds,
-                                            write_depth, std::move(sweep)},
+                             UpdaterOptions{ring_depth, rule, grad_dtype, param_dtype, grad_page_elements,
+                                            store.options().deadline_seconds, write_depth, std::move(sweep)},
                              fetcher));
            }),
            py::arg("store"), py::kw_only(), py::arg("threads"), py::arg("spans"), py::arg("ring_depth"),
            py::arg("rule"), py::arg("grad_dtype"), py::arg("param_dtype"), py::arg("write_depth") = 3,
            py::arg("fetcher") = nullptr, py::arg("memory") = py::none(), py::arg("sweep") = std::nullopt,
-           py::keep_alive<1, 2>(), py::keep_alive<1, 10>(), py::keep_alive<1, 11>(),
+           py::arg("grad_page_elements") = 0, py::keep_alive<1, 2>(), py::keep_alive<1, 10>(), py::keep_alive<1, 11>(),
            py::call_guard<py::gil_scoped_release>())
       // work: [(span index, [(start, count, hyper index), ...]), ...]
       .def(

@@ -60,7 +60,7 @@ void step_compact_lanes(const Hyper& hyper, const CompactRun& run) {
                  {master, exp_avg.values(), exp_avg_sq.values(),
                   static_cast<const char*>(run.grad) + start * angelptm::itemsize(run.grad_dtype), param, count,
                   run.grad_dtype, run.param_dtype});
-    if (split) split_lanes<L>(room, static_cast<std::uint16_t*>(param), remainder, count);
+    if (split) split_lanes<L>(room, nullptr, remainder, count);
     const Rounding rounding{run.rounding.key, run.rounding.first_element + static_cast<std::uint32_t>(start)};
     exp_avg.put_back(rounding);
     exp_avg_sq.put_back(rounding);

@@ -32,6 +32,7 @@ struct Hyper {
   double bias_correction1 = 1;  // AdamW: 1 - beta1^t
   double bias_correction2_sqrt = 1;  // AdamW: sqrt(1 - beta2^t)
   double grad_scale = 1;             // gradient is multiplied by it first: clip factor times 1 / loss scale
+  std::uint64_t seed = 0, step = 0;  // what random rounding to compact formats depends on (rounding_key)
 };
 
 // Elements [0, count) of one parameter run. Pointers need no alignment beyond their element's.
@@ -40,7 +41,7 @@ struct Run {
   float* exp_avg;     // (count,) fp32, read and written; SGD: momentum buffer, may be null without momentum
   float* exp_avg_sq;  // (count,) fp32; null where the rule has one moment
   const void* grad;   // (count,) of grad_dtype
-  void* param;        // (count,) of param_dtype, written: the new master rounded to nearest even
+  void* param;        // (count,) of param_dtype, written: the new master rounded to nearest, ties away from zero
   std::size_t count;
   DType grad_dtype;
   DType param_dtype;

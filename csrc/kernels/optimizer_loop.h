@@ -146,7 +146,7 @@ std::size_t sweep(const Factors& factors, const Run& run, std::size_t begin) {
     if constexpr (sizeof(Param) == sizeof(float)) {
       put<L, kPastCache>(param + i, master);
     } else {
-      put<L, kPastCache>(param + i, L::to_bf16(master));
+      put<L, kPastCache>(param + i, L::to_bf16_away(master));
     }
   }
   if constexpr (kPastCache) L::fence();

@@ -72,11 +72,12 @@ kernels::Hyper collapsed(const std::vector<kernels::Hyper>& hypers, double scale
   return one;
 }
 
-Accumulators::Accumulators(pages::PageTable& table, const std::vector<Span>& spans, Combine combine)
+Accumulators::Accumulators(pages::PageTable& table, const std::vector<Span>& spans, Combine combine,
+                           std::uint64_t grad_page_elements)
     : table_(table),
       spans_(spans),
       combine_(combine),
-      page_elements_(table.host().page_bytes() / sizeof(float)),
+      page_elements_(grad_page_elements),
       boxes_(std::make_unique<Box[]>(spans.size())) {}
 
 // A worker has a box for less than a microsecond, so the computing thread does not sleep for it.

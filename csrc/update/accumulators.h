@@ -39,7 +39,8 @@ class Accumulators {
   // A range of a span that holds gradients: elements [start, start + count).
   using Range = std::pair<std::uint64_t, std::uint64_t>;
 
-  Accumulators(pages::PageTable& table, const std::vector<Span>& spans, Combine combine);
+  Accumulators(pages::PageTable& table, const std::vector<Span>& spans, Combine combine,
+               std::uint64_t grad_page_elements);
 
   // The computing thread's side.
 

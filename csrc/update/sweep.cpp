@@ -10,12 +10,13 @@
 
 namespace angelptm::update {
 
-Sweep::Sweep(pages::PageTable& table, const std::vector<Span>& spans, SweepOptions options, double deadline_seconds)
+Sweep::Sweep(pages::PageTable& table, const std::vector<Span>& spans, SweepOptions options,
+             std::uint64_t grad_page_elements, double deadline_seconds)
     : table_(table),
       spans_(spans),
       options_(std::move(options)),
       deadline_seconds_(deadline_seconds),
-      accumulators_(table, spans, options_.combine),
+      accumulators_(table, spans, options_.combine, grad_page_elements),
       tallies_(std::make_unique<Tally[]>(spans.size())) {
   options_.ranks.resize(spans.size(), 0);
   for (std::size_t i = 0; i < options_.spare_frames; ++i) {

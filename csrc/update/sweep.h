@@ -40,7 +40,8 @@ struct GradientCounts {
 class Sweep {
  public:
   // Takes the spare frames from the host pool and keeps them; throws TierCapacityError where it has too few.
-  Sweep(pages::PageTable& table, const std::vector<Span>& spans, SweepOptions options, double deadline_seconds);
+  Sweep(pages::PageTable& table, const std::vector<Span>& spans, SweepOptions options, std::uint64_t grad_page_elements,
+        double deadline_seconds);
   ~Sweep();
 
   Accumulators& accumulators() { return accumulators_; }

@@ -16,34 +16,61 @@ using pages::Home;
 
 namespace {
 
-// Content of the pages `ids` of one kind for `elements` elements, or an error that names the kind.
+// Content of the pages `ids` of one kind for `elements` elements, `page_elements` on each, or an error that names the
+// kind.
 void expect_pages(const PageTable& table, const char* kind, const std::vector<PageId>& ids, std::uint64_t elements,
-                  std::uint64_t item_bytes) {
-  const std::uint64_t page_bytes = table.host().page_bytes();
-  const std::uint64_t bytes = elements * item_bytes;
-  if (ids.size() != (bytes + page_bytes - 1) / page_bytes)
+                  std::uint64_t page_elements, std::uint64_t item_bytes) {
+  if (ids.size() != (elements + page_elements - 1) / page_elements)
     throw std::invalid_argument("a span of " + std::to_string(elements) + " elements cannot have " +
                                 std::to_string(ids.size()) + " " + kind + " pages");
   for (std::size_t i = 0; i < ids.size(); ++i)
-    if (table.info(ids[i]).used_bytes < std::min(page_bytes, bytes - i * page_bytes))
+    if (table.info(ids[i]).used_bytes < std::min(page_elements, elements - i * page_elements) * item_bytes)
       throw std::invalid_argument(std::string("a ") + kind + " page is too short for its span");
+}
+
+void expect_place(const PageTable& table, const Span& span, const StateRun& run, const StatePlace& place,
+                  std::uint64_t item_bytes, bool has_scales) {
+  const std::uint64_t used = place.page < span.states.size() ? table.info(span.states[place.page]).used_bytes : 0;
+  const auto fits = [&](std::uint64_t offset, std::uint64_t bytes) { return offset <= used && bytes <= used - offset; };
+  if (!fits(place.offset, run.count * item_bytes) ||
+      (has_scales && !fits(place.scales, kernels::blocks8(run.count) * sizeof(float))))
+    throw std::invalid_argument("states of a span lie outside its pages");
+  if (place.offset % sizeof(float) != 0 || place.scales % sizeof(float) != 0)
+    throw std::invalid_argument("states begin at multiples of 4 bytes");
+}
+
+void expect_runs(const PageTable& table, const Span& span, const UpdaterOptions& options) {
+  using kernels::MomentFormat;
+  std::uint64_t next = 0;
+  const int moments = kernels::moment_count(options.rule);
+  for (const StateRun& run : span.runs) {
+    if (run.start != next || run.count == 0 || run.count > span.elements - next)
+      throw std::invalid_argument("the states of a span are runs of elements one after the other");
+    next += run.count;
+    if (run.master_format == kernels::MasterFormat::kSplit && options.param_dtype != DType::kBF16)
+      throw std::invalid_argument("only masters of bf16 parameters can be split");
+    expect_place(table, span, run, run.master, kernels::itemsize(run.master_format), false);
+    const auto expect_moment = [&](const StatePlace& place, MomentFormat format) {
+      expect_place(table, span, run, place, kernels::itemsize(format), format == MomentFormat::kInt8);
+    };
+    if (moments >= 1) expect_moment(run.exp_avg, run.exp_avg_format);
+    if (moments >= 2) expect_moment(run.exp_avg_sq, run.exp_avg_sq_format);
+  }
+  if (next != span.elements) throw std::invalid_argument("a span has states for all of its elements");
 }
 
 // Workers index pages by element without looking back, so what does not fit is refused here.
 void expect_valid(const PageTable& table, const Span& span, const UpdaterOptions& options) {
-  const std::uint64_t page_bytes = table.host().page_bytes();
-  if (span.elements == 0 || span.elements > page_bytes / itemsize(options.param_dtype))
+  const std::uint64_t param_elements = table.host().page_bytes() / itemsize(options.param_dtype);
+  if (span.elements == 0 || span.elements > param_elements)
     throw std::invalid_argument("a span has from 1 element to a PARAM page of them, not " +
                                 std::to_string(span.elements));
-  const int moments = kernels::moment_count(options.rule);
-  expect_pages(table, "MASTER", span.master, span.elements, sizeof(float));
-  expect_pages(table, "EXP_AVG", span.exp_avg, moments >= 1 ? span.elements : 0, sizeof(float));
-  expect_pages(table, "EXP_AVG_SQ", span.exp_avg_sq, moments >= 2 ? span.elements : 0, sizeof(float));
-  expect_pages(table, "GRAD", span.grad, span.elements, itemsize(options.grad_dtype));
+  expect_runs(table, span, options);
+  expect_pages(table, "GRAD", span.grad, span.elements, options.grad_page_elements, itemsize(options.grad_dtype));
   if ((span.param != pages::kNoPage) == (span.device_param != nullptr))
     throw std::invalid_argument("a span's parameters are on one page or at one device address");
   if (span.param != pages::kNoPage)
-    expect_pages(table, "PARAM", {span.param}, span.elements, itemsize(options.param_dtype));
+    expect_pages(table, "PARAM", {span.param}, span.elements, param_elements, itemsize(options.param_dtype));
 }
 
 // A sweep exchanges frames: of parameters beside their readers, and of gradients.
@@ -53,7 +80,9 @@ void expect_sweepable(const PageTable& table, const Span& span, const UpdaterOpt
     return info.home == Home::kHost && info.fixed == nullptr;
   };
   if (options.grad_dtype != DType::kF32) throw std::invalid_argument("gradients that are added up are fp32");
-  if (!span.step_grad.empty()) expect_pages(table, "GRAD", span.step_grad, span.elements, itemsize(options.grad_dtype));
+  if (!span.step_grad.empty())
+    expect_pages(table, "GRAD", span.step_grad, span.elements, options.grad_page_elements,
+                 itemsize(options.grad_dtype));
   std::vector<PageId> exchanged = span.grad;
   exchanged.insert(exchanged.end(), span.step_grad.begin(), span.step_grad.end());
   if (span.param == pages::kNoPage || !in_pool(span.param) || !std::all_of(exchanged.begin(), exchanged.end(), in_pool))
@@ -90,10 +119,15 @@ Updater::Updater(PageTable& table, std::vector<std::unique_ptr<io::Engine>> engi
   if (engines.empty() || options_.ring_depth == 0 || options_.ring_depth > kMostRingDepth || options_.write_depth == 0)
     throw std::invalid_argument("an updater has 1 thread or more, and a ring of 1 to " +
                                 std::to_string(kMostRingDepth) + " spans for each, of which 1 or more may be written");
+  const std::uint64_t most = table.host().page_bytes() / itemsize(options_.grad_dtype);
+  if (options_.grad_page_elements == 0) options_.grad_page_elements = most;
+  if (options_.grad_page_elements > most || options_.grad_page_elements % kernels::kBlock8 != 0)
+    throw std::invalid_argument("a GRAD page holds a multiple of 128 elements, at most " + std::to_string(most));
   for (const Span& span : spans_) expect_valid(table, span, options_);
   if (options_.sweep) {
     for (const Span& span : spans_) expect_sweepable(table, span, options_);
-    sweep_ = std::make_unique<Sweep>(table, spans_, *options_.sweep, options_.deadline_seconds);
+    sweep_ =
+        std::make_unique<Sweep>(table, spans_, *options_.sweep, options_.grad_page_elements, options_.deadline_seconds);
     process_niceness_ = getpriority(PRIO_PROCESS, this_thread());
     sweep_->on_waiting = [this](bool somebody) { give_way(somebody ? 0 : options_.sweep->niceness); };
     sweep_->on_gradients = [this] {
@@ -176,7 +210,7 @@ std::size_t Updater::frames_per_slot(const PageTable& table, const std::vector<S
   std::size_t most = 0;
   for (const Span& span : spans) {
     std::size_t frames = span.param != pages::kNoPage ? 1 : 0;
-    for (const auto* ids : {&span.master, &span.exp_avg, &span.exp_avg_sq, &span.grad})
+    for (const auto* ids : {&span.states, &span.grad})
       for (const PageId page : *ids) frames += table.info(page).home == Home::kSsd || (swept && ids == &span.grad);
     most = std::max(most, frames);
   }

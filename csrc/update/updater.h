@@ -53,6 +53,7 @@ struct UpdaterOptions {
   kernels::Rule rule = kernels::Rule::kAdamW;
   DType grad_dtype = DType::kF32;
   DType param_dtype = DType::kF32;
+  std::uint64_t grad_page_elements = 0;  // of a GRAD page; 0: as many as it holds
   double deadline_seconds = 120;
   std::size_t write_depth = 3;  // of the ring: spans that are written at once at most, since each needs fresh slots
   std::optional<SweepOptions> sweep;  // swept; without it submitted

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "kernels/compact.h"
 #include "pages/deadline.h"
 #include "pages/page_mover.h"
 #include "timeline/recorder.h"
@@ -18,16 +19,6 @@ namespace {
 double seconds_since(io::Clock::time_point start) {
   return std::chrono::duration<double>(io::Clock::now() - start).count();
 }
-// Elements that no segment updates keep their master, and so their parameter is that master, rounded again.
-void republish(const float* master, void* param, DType dtype, std::uint64_t start, std::uint64_t count) {
-  if (dtype == DType::kF32) {
-    std::memcpy(static_cast<float*>(param) + start, master, count * sizeof(float));
-    return;
-  }
-  auto* out = static_cast<std::uint16_t*>(param) + start;
-  for (std::uint64_t i = 0; i < count; ++i) out[i] = f32_to_bf16(master[i]);
-}
-
 }  // namespace
 
 Updater::Flight* Updater::Worker::idle_flight() {
@@ -203,11 +194,7 @@ void Updater::Worker::start(std::uint32_t span_index, Flight& flight) {
   flight.transfers_left = 0;
   flight.pieces.clear();
   const Span& span = updater_.spans_[span_index];
-  add_pieces(flight, span.master, true);
-  flight.first_exp_avg = flight.pieces.size();
-  add_pieces(flight, span.exp_avg, true);
-  flight.first_exp_avg_sq = flight.pieces.size();
-  add_pieces(flight, span.exp_avg_sq, true);
+  add_pieces(flight, span.states, true);
   flight.first_grad = flight.pieces.size();
   flight.taken_frame = 0;
   for (const Flight::Piece& piece : flight.pieces) flight.taken_frame += piece.staged;
@@ -230,9 +217,11 @@ void Updater::Worker::add_param(Flight& flight) {
   flight.param_frame = flight.frames.empty() ? 0 : flight.frames.size() - 1;
   if (span.param == pages::kNoPage) return;
   const PageInfo info = table_.info(span.param);
-  // The new content goes to a frame of our own in either case; publishing writes it out or exchanges the frames.
+  // The new content goes to a frame of our own in either case; publishing writes it out or exchanges the frames. Where
+  // masters are made of the former parameters, those are read into it, and the new ones take their place.
+  const bool on_ssd = info.home == Home::kSsd;
   flight.pieces.push_back({span.param, table_.host().address(flight.frames.at(flight.param_frame)), info.used_bytes,
-                           false, info.home == Home::kSsd, std::nullopt});
+                           on_ssd && span.has_split_masters(), on_ssd, std::nullopt});
 }
 
 std::uint64_t Updater::Worker::tag_of(const Flight& flight, std::size_t piece) const {
@@ -350,48 +339,118 @@ void Updater::Worker::check_pages(Flight& flight) {
 void Updater::Worker::compute(Flight& flight) {
   const auto start = io::Clock::now();
   const timeline::Scope scope(timeline::What::kUpdate, flight.span);
-  const UpdaterOptions& options = updater_.options_;
   const Span& span = updater_.spans_[flight.task.work.span];
-  const std::uint64_t page_bytes = table_.host().page_bytes();
-  const std::uint64_t per_state_page = page_bytes / sizeof(float);
-  const std::uint64_t per_grad_page = page_bytes / itemsize(options.grad_dtype);
-  std::byte* param = span.device_param != nullptr ? span.device_param : flight.pieces[flight.first_param].address;
-  const auto state = [&](std::size_t first, std::uint64_t element) {
-    return reinterpret_cast<float*>(flight.pieces[first + element / per_state_page].address) + element % per_state_page;
-  };
-
-  std::uint64_t next = 0;  // first element that is neither updated nor republished yet
-  const auto republish_until = [&](std::uint64_t end) {
+  std::uint64_t next = 0;  // first element that is neither updated nor published again yet
+  auto run = span.runs.begin();
+  const auto go_on_until = [&](std::uint64_t end, const kernels::Hyper* hyper) {
     while (next < end) {
-      const std::uint64_t count = std::min(end - next, per_state_page - next % per_state_page);
-      republish(state(0, next), param, options.param_dtype, next, count);
+      while (run->start + run->count <= next) ++run;
+      const std::uint64_t count = std::min(end, run->start + run->count) - next;
+      compute_run(flight, *run, hyper, next, count);
       next += count;
     }
   };
   for (const Segment& segment : flight.task.work.segments) {
-    republish_until(segment.start);
-    const std::uint64_t end = segment.start + segment.count;
-    while (next < end) {
-      const std::uint64_t in_state_page = per_state_page - next % per_state_page;
-      const std::uint64_t in_grad_page = per_grad_page - next % per_grad_page;
-      const std::uint64_t count = std::min({end - next, in_state_page, in_grad_page});
-      const std::byte* grad = flight.pieces[flight.first_grad + next / per_grad_page].address +
-                              next % per_grad_page * itemsize(options.grad_dtype);
-      kernels::step(flight.task.batch->hypers.at(segment.hyper),
-                    {.master = state(0, next),
-                     .exp_avg = span.exp_avg.empty() ? nullptr : state(flight.first_exp_avg, next),
-                     .exp_avg_sq = span.exp_avg_sq.empty() ? nullptr : state(flight.first_exp_avg_sq, next),
-                     .grad = grad,
-                     .param = param + next * itemsize(options.param_dtype),
-                     .count = count,
-                     .grad_dtype = options.grad_dtype,
-                     .param_dtype = options.param_dtype});
-      next += count;
-    }
+    go_on_until(segment.start, nullptr);
+    go_on_until(segment.start + segment.count, &flight.task.batch->hypers.at(segment.hyper));
   }
-  republish_until(span.elements);
+  go_on_until(span.elements, nullptr);
   done_.compute_seconds += seconds_since(start);
-  done_.published_bytes += span.elements * itemsize(options.param_dtype);
+  done_.published_bytes += span.elements * itemsize(updater_.options_.param_dtype);
+}
+
+// Elements [start, start + count) of a span, which lie in `run`. Those that nothing updates (no `hyper`) keep their
+// master, and so their parameter is that master, rounded again.
+void Updater::Worker::compute_run(const Flight& flight, const StateRun& run, const kernels::Hyper* hyper,
+                                  std::uint64_t start, std::uint64_t count) {
+  const UpdaterOptions& options = updater_.options_;
+  const Span& span = updater_.spans_[flight.span];
+  const std::uint64_t offset = start - run.start;  // in the run
+  const auto at = [&](const StatePlace& place, std::uint64_t item_bytes) {
+    return flight.pieces[place.page].address + place.offset + offset * item_bytes;
+  };
+  const auto moment = [&](const StatePlace& place, kernels::MomentFormat format, bool kept) {
+    if (!kept) return kernels::MomentCodes{};
+    kernels::MomentCodes codes{format, at(place, kernels::itemsize(format)), nullptr};
+    if (format == kernels::MomentFormat::kInt8)
+      codes.scales =
+          reinterpret_cast<float*>(flight.pieces[place.page].address + place.scales) + offset / kernels::kBlock8;
+    return codes;
+  };
+  const bool split = run.master_format == kernels::MasterFormat::kSplit;
+  const std::uint64_t param_itemsize = itemsize(options.param_dtype);
+  std::byte* params = span.device_param;
+  const std::byte* old_params = params;
+  if (params == nullptr) {
+    const Flight::Piece& piece = flight.pieces[flight.first_param];
+    params = piece.address;
+    old_params = piece.staged ? params : table_.address(table_.info(piece.page));
+  }
+  std::byte* param = params + start * param_itemsize;
+  const std::byte* old_param = old_params + start * param_itemsize;
+  void* master = at(run.master, kernels::itemsize(run.master_format));
+
+  if (hyper == nullptr) {
+    if (split || options.param_dtype == DType::kF32) {
+      const void* from = split ? static_cast<const void*>(old_param) : master;
+      if (from != param) std::memcpy(param, from, count * param_itemsize);
+    } else {
+      kernels::split_master(static_cast<const float*>(master), reinterpret_cast<std::uint16_t*>(param), nullptr, count);
+    }
+    return;
+  }
+
+  const int moments = kernels::moment_count(options.rule);
+  const kernels::MomentCodes exp_avg = moment(run.exp_avg, run.exp_avg_format, moments >= 1);
+  const kernels::MomentCodes exp_avg_sq = moment(run.exp_avg_sq, run.exp_avg_sq_format, moments >= 2);
+  const bool has_blocks =
+      exp_avg.format == kernels::MomentFormat::kInt8 || exp_avg_sq.format == kernels::MomentFormat::kInt8;
+  if (has_blocks && offset % kernels::kBlock8 != 0)
+    throw std::logic_error("an update of int8 moments begins inside a block of them");
+  constexpr auto kF32 = kernels::MomentFormat::kF32;
+  const bool plain = !split && exp_avg.format == kF32 && exp_avg_sq.format == kF32;
+  for (std::uint64_t done = 0; done < count;) {
+    const std::uint64_t element = start + done;
+    const std::uint64_t in_page = element % options.grad_page_elements;
+    const std::uint64_t part = std::min(count - done, options.grad_page_elements - in_page);
+    const std::byte* grad = flight.pieces[flight.first_grad + element / options.grad_page_elements].address +
+                            in_page * itemsize(options.grad_dtype);
+    const auto from_there = [&](const kernels::MomentCodes& codes) {
+      if (codes.values == nullptr) return codes;
+      return kernels::MomentCodes{codes.format,
+                                  static_cast<std::byte*>(codes.values) + done * kernels::itemsize(codes.format),
+                                  codes.scales == nullptr ? nullptr : codes.scales + done / kernels::kBlock8};
+    };
+    void* part_master = static_cast<std::byte*>(master) + done * kernels::itemsize(run.master_format);
+    const kernels::MomentCodes first = from_there(exp_avg), second = from_there(exp_avg_sq);
+    std::byte* part_param = param + done * param_itemsize;
+    if (plain) {
+      kernels::step(*hyper, {.master = static_cast<float*>(part_master),
+                             .exp_avg = static_cast<float*>(first.values),
+                             .exp_avg_sq = static_cast<float*>(second.values),
+                             .grad = grad,
+                             .param = part_param,
+                             .count = part,
+                             .grad_dtype = options.grad_dtype,
+                             .param_dtype = options.param_dtype});
+    } else {
+      const std::uint64_t in_unit = span.first_element + element;
+      const std::uint64_t unit = span.unit + (in_unit >> 32 << 32);
+      kernels::step(*hyper, {.master_format = run.master_format,
+                             .master = part_master,
+                             .exp_avg = first,
+                             .exp_avg_sq = second,
+                             .grad = grad,
+                             .old_param = reinterpret_cast<const std::uint16_t*>(old_param + done * param_itemsize),
+                             .param = part_param,
+                             .count = part,
+                             .grad_dtype = options.grad_dtype,
+                             .param_dtype = options.param_dtype,
+                             .rounding = {kernels::rounding_key(hyper->seed, hyper->step, unit),
+                                          static_cast<std::uint32_t>(in_unit)}});
+    }
+    done += part;
+  }
 }
 
 // The new parameters can be read from here on: on the device, or by way of the fetcher. The page table shows them when

@@ -46,8 +46,8 @@ struct Updater::Flight {
   std::uint32_t span = 0;
   std::uint64_t claim = 0;  // ascends with the spans that this worker took up
   Task task;
-  std::vector<Piece> pieces;  // master pages, exp_avg pages, exp_avg_sq pages, gradient pages, parameter page
-  std::size_t first_exp_avg = 0, first_exp_avg_sq = 0, first_grad = 0, first_param = 0;
+  std::vector<Piece> pieces;  // state pages, gradient pages, parameter page
+  std::size_t first_grad = 0, first_param = 0;
   std::size_t param_frame = 0;  // index into frames of the frame that receives the new parameters
   std::size_t taken_frame = 0;  // swept: of the first one that gets gradients out of an accumulator
   std::size_t transfers_left = 0;
@@ -122,6 +122,8 @@ class Updater::Worker {
   std::uint64_t tag_of(const Flight& flight, std::size_t piece) const;
   void check_pages(Flight& flight);
   void compute(Flight& flight);
+  void compute_run(const Flight& flight, const StateRun& run, const kernels::Hyper* hyper, std::uint64_t start,
+                   std::uint64_t count);
   void publish_param(Flight& flight);
   void publish(Flight& flight);
   void finish(Flight& flight);

@@ -20,22 +20,28 @@ LAYERS: dict[str, str] = {
     "angelptm.foreign": "angelptm.errors",
     "angelptm.model.presets": "",
     "angelptm.config": "angelptm.sizes angelptm.errors angelptm.model.presets",
-    "angelptm.units.layout": "",
+    "angelptm.states.formats": "",
+    "angelptm.units.layout": "angelptm.states.formats",
     "angelptm.units": "angelptm.errors angelptm.units.layout",
-    "angelptm.plan": "angelptm.sizes angelptm.errors angelptm.units.layout",
+    "angelptm.states.layout": "angelptm.states.formats angelptm.units.layout",
+    "angelptm.states.codec": "angelptm.states.formats angelptm.states.layout angelptm_native",
+    "angelptm.states": "",
+    "angelptm.plan": "angelptm.sizes angelptm.errors angelptm.units.layout angelptm.states.formats "
+    "angelptm.states.layout",
     "angelptm.kernels": "angelptm_native",
     "angelptm.heap": "angelptm_native",
     "angelptm.timeline": "angelptm.errors angelptm.foreign angelptm.sizes angelptm_native",
     "angelptm.pages": "angelptm.errors angelptm.plan angelptm.units.layout angelptm_native",
-    "angelptm.checkpoint": "angelptm.errors angelptm.sizes angelptm.units.layout angelptm_native io_engine",
+    "angelptm.checkpoint": "angelptm.errors angelptm.sizes angelptm.units.layout angelptm.states.formats "
+    "angelptm.states.layout angelptm.states.codec angelptm_native io_engine",
     "angelptm.checkpoint.dcp": "angelptm.errors angelptm.checkpoint",  # the one that knows torch
     "angelptm.device": "angelptm.errors angelptm.heap angelptm_native",
     "angelptm.data": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.config",
     "angelptm.model": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.heap angelptm.config angelptm.units "
     "angelptm.model.presets",
     "angelptm.engine": "angelptm.version angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint "
-    "angelptm.units angelptm.plan angelptm.kernels angelptm.timeline angelptm.pages angelptm.device angelptm.model "
-    "angelptm_native",
+    "angelptm.units angelptm.states.formats angelptm.states.layout angelptm.states.codec angelptm.plan "
+    "angelptm.kernels angelptm.timeline angelptm.pages angelptm.device angelptm.model angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units angelptm.plan "
     "angelptm.data angelptm.model angelptm.timeline angelptm.engine io_engine",
     # The public names.
@@ -48,6 +54,7 @@ LAYERS: dict[str, str] = {
 
 # These must work on a machine without the native module, and without torch.
 WITHOUT_TORCH = ["angelptm.sizes", "angelptm.errors", "angelptm.config", "angelptm.units.layout", "angelptm.plan"]
+WITHOUT_TORCH += ["angelptm.states.formats", "angelptm.states.layout"]
 
 # The engine is built in two tiers of its own: I/O below, kernels beside it, pages on I/O, the updater on all three.
 INCLUDES: dict[str, str] = {

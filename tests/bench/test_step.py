@@ -62,7 +62,8 @@ def test_every_case_runs_or_says_why_not(found: dict[str, Any]) -> None:
 def test_losses_of_all_cases_agree(found: dict[str, Any]) -> None:
     assert found["losses"]["problems"] == []
     for clipping in (False, True):
-        losses = [case["losses"] for case in paged(found) if case["clipping"] == clipping]
+        exact = [case for case in paged(found) if "moments" not in case["name"]]
+        losses = [case["losses"] for case in exact if case["clipping"] == clipping]
         assert losses
         assert all(one == losses[0] for one in losses)
         assert losses[0][-1] < losses[0][0]

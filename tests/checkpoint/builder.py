@@ -16,7 +16,7 @@ from angelptm.checkpoint.checksum import crc32c
 from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.header import BufferRecord, Header, units_from_layouts
 from angelptm.checkpoint.records import NONE, PAGE_RECORD, Kind, extent_bytes, kind_dtype, moment_kinds
-from angelptm.units.layout import UnitLayout, pack
+from angelptm.units.layout import ParamSpec, UnitLayout, pack
 
 PAGE_BYTES = 1 << 16
 
@@ -71,7 +71,7 @@ def make_layouts(units: dict[str, Shapes], page_elements: int) -> tuple[UnitLayo
             unit,
             index,
             [
-                (name, shape, trainable, ((unit, name.rpartition(".")[2]),))
+                ParamSpec(name, shape, trainable, ((unit, name.rpartition(".")[2]),))
                 for name, (shape, trainable) in params.items()
             ],
             page_elements,

@@ -328,7 +328,7 @@ def _first(pages: np.ndarray, kind: Kind, *, written: bool = True) -> int:
 
 BAD_RECORDS: list[tuple[str, Kind, bool, dict[str, int], str]] = [
     ("reserved", Kind.MASTER, True, {"reserved": 1}, "with reserved 1"),
-    ("reserved2", Kind.MASTER, True, {"reserved2": 1}, "with reserved2 1"),
+    ("bytes", Kind.MASTER, True, {"bytes": 1}, "with bytes 1"),
     ("kind unknown", Kind.MASTER, True, {"kind": 6}, "with kind 6"),
     ("kind grad", Kind.MASTER, True, {"kind": 1}, "with kind 1"),
     ("kind high", Kind.MASTER, True, {"kind": 255}, "with kind 255"),

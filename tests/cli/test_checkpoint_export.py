@@ -18,6 +18,7 @@ from angelptm.checkpoint import dcp as dcp_export
 from angelptm.checkpoint.export import round_to_bf16
 from angelptm.checkpoint.opened import open_commit
 from angelptm.checkpoint.records import Kind
+from angelptm.engine.dtypes import rounded
 
 from .runs import Run
 from .test_checkpoint_look import first_page, in_json, spoil
@@ -67,16 +68,16 @@ def test_fp32_gives_the_masters_and_bf16_rounds_them(angelptm: Callable, trained
     assert_same(load_file(tmp_path / "fp32" / "model.safetensors"), masters)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "fp32").dtype == torch.float32
     in_json(angelptm, *arguments(trained, tmp_path / "bf16", "--dtype", "bf16"))
-    rounded = {name: value.bfloat16() for name, value in masters.items()}
-    assert_same(load_file(tmp_path / "bf16" / "model.safetensors"), rounded)
+    expected = {name: rounded(value, torch.bfloat16) for name, value in masters.items()}
+    assert_same(load_file(tmp_path / "bf16" / "model.safetensors"), expected)
 
 
-def test_rounding_to_bf16_is_that_of_torch() -> None:
+def test_rounding_to_bf16_is_that_of_updates() -> None:
     words = np.random.default_rng(1).integers(0, 2**32, 200_000, dtype=np.uint32)
     special = np.array([0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x3F808000, 0x3F818000, 1, 0x80000000], np.uint32)
     values = np.concatenate([words, special]).view(np.float32)
     number = ~np.isnan(values)
-    expected = torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    expected = rounded(torch.from_numpy(values.copy()), torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(round_to_bf16(values)[number], expected[number])
     assert np.isnan((round_to_bf16(values)[~number].astype(np.uint32) << 16).view(np.float32)).all()
 

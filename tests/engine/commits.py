@@ -14,7 +14,7 @@ from torch import nn
 
 from angelptm.checkpoint.folder import CheckpointFolder
 from angelptm.checkpoint.reader import CommitReader
-from angelptm.checkpoint.records import Kind
+from angelptm.checkpoint.records import Kind, moment_kinds
 from angelptm.config import Config, load_config
 from angelptm.engine import Engine
 
@@ -90,7 +90,7 @@ def committed(folder: Path, step: int, folders: Sequence[Path] = ()) -> dict[tup
         CommitReader(manifest, [folder, *folders]) as reader,
     ):
         assert reader.verify() == []
-        kinds = {int(kind) for kind in manifest.pages["kind"]} - {Kind.PARAM, Kind.BUFFER}
+        kinds = {Kind.MASTER, *moment_kinds(manifest.header.optimizer.type)}
         return {
             (param.name, Kind(kind).name): reader.read(param.name, Kind(kind)).copy()
             for unit in manifest.header.units

@@ -1,4 +1,7 @@
-"""Training without pages, with the very kernel of the updater: what the engine must equal bit for bit."""
+"""Training without pages, with the very kernels of the updater: what the engine must equal bit for bit.
+
+Masters are whole fp32 numbers here, whatever the engine makes of them; moments are in the formats that it keeps.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,26 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import angelptm_native as native
 import torch
 from torch import nn
 
 from angelptm import kernels
 from angelptm.config import Config
-from angelptm.engine.dtypes import TORCH_DTYPES
+from angelptm.engine.dtypes import NATIVE_DTYPES, TORCH_DTYPES, rounded
 from angelptm.engine.setup import grad_precision, lay_out
+from angelptm.states.codec import MOMENT_FORMATS
 
 from .models import loss_of
+
+
+class Moment:
+    """(elements,) in a format; zeros at first."""
+
+    def __init__(self, form: str, elements: int) -> None:
+        self.values = torch.zeros(elements, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get(form, torch.int8))
+        self.scales = torch.zeros(-(-elements // native.BLOCK8))
+        self.codes = native.MomentCodes(MOMENT_FORMATS[form], self.values.data_ptr(), self.scales.data_ptr())
 
 
 class Reference:
@@ -37,13 +51,18 @@ class Reference:
         self.dtype = TORCH_DTYPES[config.precision]
         self.grad_dtype = TORCH_DTYPES[grad_precision(config)]
         _, layouts = lay_out(self.model, config)
+        self.units = {param.name: layout.index for layout in layouts for param in layout.params}
+        self.formats = {param.name: param.states for layout in layouts for param in layout.params}
         self.offsets = {param.name: param.offset for layout in layouts for param in layout.params if param.trainable}
         params = dict(self.model.named_parameters())
         self.params = {name: params[name] for name in self.offsets}
         self.masters = {name: param.detach().float().flatten().clone() for name, param in self.params.items()}
         for param in self.model.parameters():
-            param.data = param.data.to(self.dtype)
-        self.moments = {name: [torch.zeros_like(m) for _ in range(2)] for name, m in self.masters.items()}
+            param.data = rounded(param.data, self.dtype)
+        self.moments = {
+            name: [Moment(form, m.numel()) for form in (self.formats[name].exp_avg, self.formats[name].exp_avg_sq)]
+            for name, m in self.masters.items()
+        }
         self.steps = dict.fromkeys(self.masters, 0)
         self.gradients: dict[str, torch.Tensor] = {}
 
@@ -90,20 +109,35 @@ class Reference:
         lr = own.get("lr", optimizer.lr) * self.lr_factor
         decay = own.get("weight_decay", optimizer.weight_decay)
         step, (first, second) = self.steps[name], self.moments[name]
-        states: tuple[torch.Tensor | None, torch.Tensor | None]
+        moments: tuple[Moment | None, Moment | None]
         if optimizer.type == "adamw":
             hyper = kernels.adamw_hyper(lr, optimizer.betas, optimizer.eps, decay, step=step, grad_scale=scale)
-            states = (first, second)
+            moments = (first, second)
         elif optimizer.type == "sgd":
             hyper = kernels.sgd_hyper(
                 lr, optimizer.momentum, optimizer.dampening, decay, optimizer.nesterov, step=step, grad_scale=scale
             )
-            states = (first if optimizer.momentum else None, None)
+            moments = (first if optimizer.momentum else None, None)
         else:
             hyper = kernels.lion_hyper(lr, optimizer.betas, decay, grad_scale=scale)
-            states = (first, None)
+            moments = (first, None)
         published = torch.empty_like(self.masters[name], dtype=self.dtype)
-        kernels.step(hyper, self.masters[name], *states, gradient, published)
+        codes = [native.MomentCodes(native.MomentFormat.F32, 0) if one is None else one.codes for one in moments]
+        native.step_compact(
+            hyper,
+            native.MasterFormat.F32,
+            self.masters[name].data_ptr(),
+            codes[0],
+            codes[1],
+            gradient.data_ptr(),
+            NATIVE_DTYPES[gradient.dtype],
+            0,
+            published.data_ptr(),
+            NATIVE_DTYPES[published.dtype],
+            gradient.numel(),
+            native.rounding_key(self.config.training.seed, step, self.units[name]),
+            self.offsets[name],
+        )
         self.params[name].data.copy_(published.view_as(self.params[name]))
 
     def train_step(self, batches: Sequence[dict[str, Any]]) -> list[torch.Tensor]:

@@ -35,10 +35,18 @@ from .test_weird_use import Buffers, Views
 from .training import batches_of, train_step
 
 STEPS = 4
+INT8 = {"lr": 1e-2, "states": {"exp_avg": "int8", "exp_avg_sq": "int8", "int8_from_elements": 0}}
 
 CASES: dict[str, tuple[Family, dict[str, Any], dict[str, Any]]] = {
     **{family.name: (family, {}, {}) for family in FAMILIES},
     **{f"{family.name}-bf16": (family, {}, {"precision": "bf16"}) for family in FAMILIES},
+    "fp32-masters-bf16": (T5, {}, {"precision": "bf16", "optimizer": {"lr": 1e-2, "states": {"master": "fp32"}}}),
+    "bf16-moments": (GPT2, {}, {"optimizer": {"lr": 1e-2, "states": {"exp_avg": "bf16", "exp_avg_sq": "bf16"}}}),
+    "split-int8": (GPT2, {}, {"precision": "bf16", "optimizer": INT8}),
+    "split-int8-half": (LLAMA, {}, {"precision": "bf16", "optimizer": INT8, "placement": HALF}),
+    "split-int8-host": (GPT2, {}, {"precision": "bf16", "optimizer": INT8, "placement": HOST}),
+    "split-int8-device": (GPT2, {}, {"precision": "bf16", "optimizer": INT8, "placement": DEVICE_HOST}),
+    "split-int8-lion": (PLAIN, {}, {"precision": "bf16", "optimizer": {"type": "lion", "lr": 1e-3} | INT8}),
     "sgd": (PLAIN, {}, {"optimizer": {"type": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}}),
     "lion": (GPT2, {}, {"optimizer": {"type": "lion", "lr": 1e-3, "weight_decay": 0.1}}),
     "lion-bf16-half": (
@@ -86,6 +94,8 @@ def check_resume(model: Any, step: Step, folder: Path, at: tuple[int, ...] = (1,
     pages = engine.resumed.pages if engine.resumed is not None else None
     assert pages is not None
     on_device = any(home == "device" for unit in engine.plan.units for home in unit.frozen_homes)
+    if engine.plan.splits_masters:
+        on_device |= any(span.param_home == "device" for unit in engine.plan.units for span in unit.spans)
     assert pages.adopted > 0
     assert (pages.read > 0) == on_device, "the same configuration reads nothing but what lives on the device"
     assert_slots_are_owned(engine)

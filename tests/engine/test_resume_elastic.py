@@ -12,6 +12,7 @@ from torch import nn
 
 from angelptm.config import Config
 from angelptm.engine import Engine
+from angelptm.engine.dtypes import rounded
 from angelptm.errors import CheckpointError
 
 from .commits import (
@@ -49,13 +50,15 @@ def model() -> nn.Module:
 _recorded: dict[str, Recorded] = {}
 
 
-def recorded(folder: Path, precision: str = "fp32") -> Recorded:
+def recorded(folder: Path, precision: str = "fp32", optimizer: dict[str, Any] | None = None) -> Recorded:
     """The uninterrupted run, trained once for all tests."""
-    if precision not in _recorded:
-        engine = Engine(model(), tight_config(model(), folder, precision=precision))
-        _recorded[precision] = record(engine, step_of(GPT2), STEPS)
+    key = repr((precision, optimizer))
+    if key not in _recorded:
+        keys = {"optimizer": optimizer} if optimizer else {}
+        engine = Engine(model(), tight_config(model(), folder, precision=precision, **keys))
+        _recorded[key] = record(engine, step_of(GPT2), STEPS)
         engine.close()
-    return _recorded[precision]
+    return _recorded[key]
 
 
 def run_to_commit(config: Config, steps: int = AT) -> None:
@@ -65,6 +68,10 @@ def run_to_commit(config: Config, steps: int = AT) -> None:
     engine.close()
 
 
+BF16 = {"precision": "bf16"}
+INT8 = BF16 | {"optimizer": {"lr": 1e-2, "states": {"exp_avg": "int8", "exp_avg_sq": "int8", "int8_from_elements": 0}}}
+SPLIT = BF16 | {"optimizer": {"lr": 1e-2, "states": {"master": "split"}}}
+WHOLE = BF16 | {"optimizer": {"lr": 1e-2, "states": {"master": "fp32"}}}
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "larger-pages": ({}, {"page_size": 4 * PAGE}),
     "smaller-pages": ({"page_size": 4 * PAGE}, {}),
@@ -78,6 +85,13 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no-ssd-to-ssd": ({"ssd": False}, {}),
     "units": ({}, {"units": {"classes": ["GPT2MLP", "GPT2Attention"]}}),
     "units-and-pages": ({"units": {"classes": ["GPT2MLP"]}}, {"page_size": 2 * PAGE, "placement": HALF}),
+    "whole-to-split-masters": (WHOLE, SPLIT),
+    "split-to-whole-masters": (SPLIT, WHOLE | {"page_size": 2 * PAGE}),
+    "split-to-host": (SPLIT, SPLIT | {"placement": HOST}),
+    "split-from-device": (SPLIT | {"placement": DEVICE}, SPLIT | {"page_size": 4 * PAGE}),
+    "int8-larger-pages": (INT8, INT8 | {"page_size": 4 * PAGE}),
+    "int8-half": (INT8 | {"page_size": 2 * PAGE}, INT8 | {"placement": HALF}),
+    "split-units": (SPLIT, SPLIT | {"units": {"classes": ["GPT2MLP"]}, "placement": HALF}),
     "ring-and-threads": (
         {"update": {"threads": 1, "ring_depth": 1}},
         {"update": {"threads": 2, "ring_depth": 3}, "io": {"backend": "threads", "queue_depth": 3}},
@@ -90,7 +104,7 @@ def test_run_laid_out_otherwise_goes_on_with_equal_bits(
     change: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:
     before, after = change
-    run = recorded(tmp_path, before.get("precision", "fp32"))
+    run = recorded(tmp_path, before.get("precision", "fp32"), before.get("optimizer"))
     first, second = config_of(model(), tmp_path, **before), config_of(model(), tmp_path, **after)
     run_to_commit(first)
     engine = Engine(model(), second, resume=tmp_path / "run")
@@ -214,9 +228,9 @@ def test_fp32_commit_resumes_in_bf16_and_back_with_the_same_states(placement: di
         masters = engine.state_dict(master=True)
         values = engine.state_dict()
         for name, param in model().named_parameters():
-            assert torch.equal(values[name], masters[name].to(values[name].dtype)), name
+            assert torch.equal(values[name], rounded(masters[name], values[name].dtype)), name
             if not param.requires_grad:
-                expected = param.detach().to(torch.bfloat16).to(values[name].dtype)
+                expected = rounded(param.detach(), torch.bfloat16).to(values[name].dtype)
                 assert torch.equal(values[name], expected), name
         engine.save_checkpoint(wait=True)
         engine.close()

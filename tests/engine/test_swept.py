@@ -66,8 +66,16 @@ def test_a_bound_of_zero_is_exact(
     assert set().union(*engine.staleness()) == {0}
 
 
-def test_a_bound_of_zero_is_exact_in_bf16(make_both: MakeBoth) -> None:
-    engine, reference = make_both(GPT2.model(), placement=STATES["ssd"], update=exact(), precision="bf16")
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+def test_a_bound_of_zero_is_exact_in_bf16(moments: str, make_both: MakeBoth) -> None:
+    states = {"exp_avg": moments, "exp_avg_sq": moments, "int8_from_elements": 0}
+    engine, reference = make_both(
+        GPT2.model(),
+        placement=STATES["ssd"],
+        update=exact(),
+        precision="bf16",
+        optimizer={"lr": 1e-2, "states": states},
+    )
     train_both(engine, reference, GPT2, 10)
     engine.drain()
     assert_same_parameters(engine, reference)

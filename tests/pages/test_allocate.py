@@ -11,7 +11,7 @@ import pytest
 from angelptm.errors import ConfigError
 from angelptm.pages import allocate_pages, open_store
 from angelptm.plan import Budgets, Plan, SsdBudget, make_plan
-from angelptm.units import pack
+from angelptm.units import ParamSpec, pack
 from io_engine.errors import IoError
 
 PAGE = 65536
@@ -22,7 +22,7 @@ def plan_in(*folders: Path, **placement: object) -> Plan:
     budgets = Budgets(
         PAGE, 64 * PAGE, 48 * PAGE, tuple(SsdBudget(str(f), None, 2**40) for f in folders), queue_depth=4, param="host"
     )
-    params = [("a", (300, 100), True, (("m", "a"),)), ("b", (50, 7), False, (("m", "b"),))]
+    params = [ParamSpec("a", (300, 100), True, (("m", "a"),)), ParamSpec("b", (50, 7), False, (("m", "b"),))]
     layouts = [pack(f"unit{index}", index, params, PAGE // 2) for index in range(3)]
     sites = [((index,), 0) for index in range(3)]
     return make_plan(layouts, sites, replace(budgets, **placement), param_itemsize=2, grad_itemsize=4, moment_count=2)
@@ -43,7 +43,7 @@ def test_pages_take_the_frames_and_kinds_that_were_planned(tmp_path: Path, place
     for unit, planned in zip(pages, plan.units, strict=True):
         for span, wanted in zip(unit.spans, planned.spans, strict=True):
             homes = {"host": native.Home.HOST, "ssd": native.Home.SSD}
-            states = [*span.master, *span.exp_avg, *span.exp_avg_sq]
+            states = span.states
             assert {store.page_home(page) for page in states} == {homes[wanted.states_home]}
             assert [store.page_home(page) for page in span.grad] == [homes[home] for home in wanted.grad_homes]
             assert (span.param is None) == (wanted.param_home == "device")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from angelptm.errors import CapacityError
 from angelptm.plan import NOMINAL_RATES, Budgets, GradientDone, Plan, SsdBudget, Trace, make_plan, synthetic_trace
-from angelptm.units import UnitLayout, pack
+from angelptm.units import ParamSpec, UnitLayout, pack
 
 PAGE = 65536
 FREE = 2**45
@@ -20,7 +20,7 @@ RATES = replace(NOMINAL_RATES, ssd_read_bytes_per_s=3e9, ssd_write_bytes_per_s=1
 def layout_of(index: int, trainable: int, frozen: int = 0, itemsize: int = 4) -> UnitLayout:
     """A unit of up to two parameters with these numbers of elements."""
     params = [
-        (f"unit{index}.{name}", (size,), name == "weight", ((f"unit{index}", name),))
+        ParamSpec(f"unit{index}.{name}", (size,), name == "weight", ((f"unit{index}", name),))
         for name, size in (("weight", trainable), ("fixed", frozen))
         if size
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from angelptm.errors import CapacityError
 from angelptm.plan import Budgets, Plan, SsdBudget, make_plan, plan_rows, plan_summary
-from angelptm.units import UnitLayout, pack
+from angelptm.states.formats import FP32, StateFormats
+from angelptm.states.layout import choose_page_elements
+from angelptm.units import ParamSpec, UnitLayout, pack
 
 SETTINGS = settings(max_examples=150, deadline=None)
 PAGE = 65536
@@ -26,18 +29,25 @@ class Case:
     param_itemsize: int
     grad_itemsize: int
     moment_count: int
+    states: StateFormats = FP32  # of every other parameter
 
     def layouts(self) -> list[UnitLayout]:
-        elements = PAGE // self.param_itemsize
-        return [
-            pack(
-                f"unit{u}",
-                u,
-                [(f"p{i}", (n,), train, ((f"m{u}", f"p{i}"),)) for i, (n, train) in enumerate(unit)],
-                elements,
-            )
+        states = replace(self.states, master="fp32") if self.param_itemsize == 4 else self.states
+        units = [
+            [
+                ParamSpec(f"p{i}", (n,), train, ((f"m{u}", f"p{i}"),), FP32 if i % 2 else states)
+                for i, (n, train) in enumerate(unit)
+            ]
             for u, unit in enumerate(self.units)
         ]
+        elements = choose_page_elements(
+            [(math.prod(one.shape), one.states) for unit in units for one in unit if one.trainable],
+            page_bytes=PAGE,
+            param_itemsize=self.param_itemsize,
+            grad_itemsize=self.grad_itemsize,
+            moment_count=self.moment_count,
+        )
+        return [pack(f"unit{u}", u, unit, elements) for u, unit in enumerate(units)]
 
     def plan(self, budgets: Budgets) -> Plan:
         return make_plan(
@@ -58,6 +68,15 @@ cases = st.builds(
     st.sampled_from([2, 4]),
     st.sampled_from([2, 4]),
     st.sampled_from([1, 2]),
+    st.one_of(
+        st.just(FP32),
+        st.builds(
+            StateFormats,
+            st.sampled_from(["fp32", "split"]),
+            st.sampled_from(["fp32", "bf16", "int8"]),
+            st.sampled_from(["fp32", "bf16", "int8"]),
+        ),
+    ),
 )
 budgets_of = st.builds(
     Budgets,
@@ -88,14 +107,13 @@ def plan_or_assume(case: Case, budgets: Budgets) -> Plan:
 def homes(plan: Plan) -> Counter[tuple[str, str]]:
     """(kind, tier) → pages, counted from the spans alone."""
     found: Counter[tuple[str, str]] = Counter()
-    kinds = ["MASTER", "EXP_AVG", "EXP_AVG_SQ"][: 1 + plan.moment_count]
     for unit in plan.units:
         for span in unit.spans:
             found["PARAM", span.param_home] += 1
             for home in span.grad_homes:
                 found["GRAD", home] += 1
-            for kind in kinds:
-                found[kind, span.states_home] += -(-span.elements * 4 // plan.page_bytes)
+            for page in span.states.pages:
+                found[page.kind, span.states_home] += 1
         for home in unit.frozen_homes:
             found["PARAM", home] += 1
     return found
@@ -125,7 +143,7 @@ def test_every_page_has_exactly_one_home_and_kinds_count_them(case: Case, budget
         assert len(unit.frozen_homes) == -(-layout.frozen_elements // elements)
         assert unit.frame_count == len(unit.spans) + len(unit.frozen_homes)
         for span in unit.spans:
-            assert len(span.grad_homes) == -(-span.elements * plan.grad_itemsize // PAGE)
+            assert len(span.grad_homes) == -(-span.elements // plan.grad_page_elements)
             assert {span.states_home, *span.grad_homes} <= {"host", "ssd"}
             assert span.param_home in ("device", "host", "ssd")
     counted = homes(plan)

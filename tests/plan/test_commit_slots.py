@@ -25,8 +25,12 @@ def with_commits(budgets: Budgets, commits: CommitBudget | None) -> Budgets:
     return replace(budgets, commits=commits)
 
 
-def state_pages(plan: Plan, tier: str) -> int:
-    return sum(pages for (kind, home), pages in homes(plan).items() if home == tier and kind not in ("PARAM", "GRAD"))
+def changing_pages(plan: Plan, tiers: tuple[str, ...]) -> int:
+    """Pages of a commit that each step changes: states, and trainable parameters where masters are made of them."""
+    found = sum(pages for (kind, home), pages in homes(plan).items() if home in tiers and kind not in ("PARAM", "GRAD"))
+    if plan.splits_masters:
+        found += sum(span.param_home in tiers for unit in plan.units for span in unit.spans)
+    return found
 
 
 def live_slots(plan: Plan) -> int:
@@ -38,7 +42,8 @@ class Holders:
 
     def __init__(self, plan: Plan, commits: CommitBudget) -> None:
         self.plan, self.keep = plan, commits.keep
-        self.on_ssd, self.on_host = state_pages(plan, "ssd"), state_pages(plan, "host")
+        self.on_ssd = changing_pages(plan, ("ssd",))
+        self.on_host = changing_pages(plan, ("host", "device"))
         self.other = -(-commits.other_bytes // PAGE)
         self.fixed = sum(home != "ssd" for unit in plan.units for home in unit.frozen_homes)
         self.step = 0
@@ -115,7 +120,7 @@ def test_commits_take_slots_and_one_frame_and_change_nothing_else(
 def test_each_commit_more_costs_one_set_of_states(case: Case, budgets: Budgets, commits: CommitBudget) -> None:
     plan = plan_or_assume(case, with_commits(budgets, commits))
     more = case.plan(with_commits(budgets, replace(commits, keep=commits.keep + 1)))
-    states = state_pages(plan, "ssd") + state_pages(plan, "host")
+    states = changing_pages(plan, ("ssd", "host", "device"))
     assert more.commit_slots - plan.commit_slots == states + -(-commits.other_bytes // PAGE)
 
 

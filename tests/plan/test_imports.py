@@ -15,9 +15,9 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 from angelptm.plan import Budgets, make_plan
-from angelptm.units import pack
+from angelptm.units import ParamSpec, pack
 
-layout = pack("unit", 0, [("weight", (64, 64), True, (("", "weight"),))], 16384)
+layout = pack("unit", 0, [ParamSpec("weight", (64, 64), True, (("", "weight"),))], 16384)
 budgets = Budgets(page_bytes=65536, device_bytes=65536, host_bytes=2**20)
 plan = make_plan([layout], [((0,), 0)], budgets, param_itemsize=4, grad_itemsize=4, moment_count=2)
 print(plan.arena.peak_frames)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import angelptm_native as native
 import numpy as np
@@ -35,6 +37,19 @@ def hypers_of(rule: native.Rule, step: int) -> list[native.Hyper]:
     if rule == native.Rule.SGD:
         return [kernels.sgd_hyper(1e-2, 0.9, step=step), kernels.sgd_hyper(1e-3, 0.5, nesterov=True, step=step)]
     return [kernels.lion_hyper(1e-3), kernels.lion_hyper(1e-4, weight_decay=0.1)]
+
+
+def fp32_states(elements: int, *kinds: Sequence[int], page_bytes: int = PAGE) -> dict[str, Any]:
+    """A span's ``states`` and ``runs``: pages of each kind of their own, all fp32; [] for what is not kept."""
+    step, pages, runs = page_bytes // 4, [page for kind in kinds for page in kind], []
+    firsts = [sum(map(len, kinds[:index])) for index in range(len(kinds))]
+    for number, start in enumerate(range(0, elements, step)):
+        master, *moments = (native.StatePlace(first + number) if kind else None for first, kind in zip(firsts, kinds))
+        assert master is not None
+        exp_avg, exp_avg_sq = (*moments, None, None)[:2]
+        count = min(step, elements - start)
+        runs.append(native.StateRun(start=start, count=count, master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq))
+    return {"states": pages, "runs": runs}
 
 
 @dataclass
@@ -119,9 +134,7 @@ class Spans:
             spans=[
                 native.Span(
                     elements=span.elements,
-                    master=span.states[0],
-                    exp_avg=span.states[1],
-                    exp_avg_sq=span.states[2],
+                    **fp32_states(span.elements, *span.states),
                     grad=span.grad,
                     param=span.param,
                     device_param=None if span.on_device is None else span.on_device.ctypes.data,

@@ -21,7 +21,7 @@ from angelptm import kernels
 from io_engine.errors import IoError
 
 from ..pages.pool import PAGE, load, make_store
-from .harness import DEADLINE, F32, HOST, SSD, Spans, hypers_of
+from .harness import DEADLINE, F32, HOST, SSD, Spans, fp32_states, hypers_of
 
 ALONE = [(SSD, HOST, HOST), (SSD, HOST, None), (SSD, HOST, HOST)] * 3
 
@@ -80,9 +80,7 @@ def test_slots_that_run_out_fail_the_unit_and_are_all_given_back(tmp_path: Path)
     grad, param = (store.add_page(native.Home.HOST, PAGE) for _ in range(2))
     span = native.Span(
         elements=PAGE // 4,
-        master=ids[:1],
-        exp_avg=ids[1:2],
-        exp_avg_sq=ids[2:],
+        **fp32_states(PAGE // 4, ids[:1], ids[1:2], ids[2:]),
         grad=[grad],
         param=param,
         device_param=None,
@@ -210,13 +208,20 @@ def span_options(store: native.Store) -> dict[str, Any]:
     ids = [store.add_page(native.Home.HOST, 400) for _ in range(5)]
     return {
         "elements": 100,
-        "master": ids[:1],
-        "exp_avg": ids[1:2],
-        "exp_avg_sq": ids[2:3],
+        **fp32_states(100, ids[:1], ids[1:2], ids[2:3]),
         "grad": ids[3:4],
         "param": ids[4],
         "device_param": None,
     }
+
+
+def run_of(start: int, count: int, *, offset: int = 0, scales: int = 0, **formats: Any) -> native.StateRun:
+    """With places in all of a span's three state pages."""
+    places = {
+        kind: native.StatePlace(page, offset if page == 0 else 0, scales)
+        for page, kind in enumerate(("master", "exp_avg", "exp_avg_sq"))
+    }
+    return native.StateRun(start=start, count=count, **places, **formats)
 
 
 def updater_of(store: native.Store, *spans: dict[str, Any], **options: Any) -> native.Updater:
@@ -242,9 +247,16 @@ def test_pool_that_is_too_small_for_the_ring_keeps_all_its_frames(tmp_path: Path
         {"elements": 0},
         {"elements": 101},
         {"elements": PAGE},
-        {"master": []},
-        {"exp_avg": []},
-        {"exp_avg_sq": [2, 3]},
+        {"states": []},
+        {"states": [0, 1]},
+        {"runs": []},
+        {"runs": [run_of(0, 99)]},
+        {"runs": [run_of(0, 101)]},
+        {"runs": [run_of(0, 50), run_of(51, 49)]},
+        {"runs": [run_of(0, 100, offset=4)]},
+        {"runs": [run_of(0, 100, offset=2**32 - 4)]},
+        {"runs": [run_of(0, 100, master_format=native.MasterFormat.SPLIT)]},
+        {"runs": [run_of(0, 100, exp_avg_format=native.MomentFormat.INT8, scales=400)]},
         {"grad": []},
         {"param": None},
         {"device_param": 4096},
@@ -252,7 +264,7 @@ def test_pool_that_is_too_small_for_the_ring_keeps_all_its_frames(tmp_path: Path
 )
 def test_span_whose_pages_do_not_hold_it_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     store = make_store(tmp_path, frames=8)
-    with pytest.raises(ValueError, match="span"):
+    with pytest.raises(ValueError, match=r"span|split"):
         updater_of(store, {**span_options(store), **change})
     assert store.host_used_count == 5
 
@@ -264,7 +276,7 @@ def test_updater_without_threads_or_ring_is_refused(tmp_path: Path, change: dict
     with pytest.raises(ValueError, match="updater"):
         updater_of(store, span, **change)
     with pytest.raises(IndexError):
-        updater_of(store, {**span, "master": [77]})
+        updater_of(store, {**span, "states": [77]})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from angelptm import kernels
 from io_engine.errors import IoError
 
 from ..pages.pool import make_store, view
-from .harness import BF16, DEADLINE, F32, HOST, SSD
+from .harness import BF16, DEADLINE, F32, HOST, SSD, fp32_states
 from .swept import ADAMW, LION, MEAN, SGD, SUM, Swept, changed, on_host, sweep_options
 
 ORDER = native.SweepOrder
@@ -519,9 +519,7 @@ def updater_of(
     spans = [
         native.Span(
             elements=100,
-            master=ids[:1],
-            exp_avg=ids[1:2],
-            exp_avg_sq=[],
+            **fp32_states(100, ids[:1], ids[1:2], []),
             grad=ids[2:3],
             param=ids[3],
             device_param=None,

@@ -20,7 +20,7 @@ import pytest
 from angelptm import kernels
 
 from ..pages.pool import make_store, view
-from .harness import F32, HOST, SSD
+from .harness import F32, HOST, SSD, fp32_states
 from .swept import MEAN, SGD, SUM, Swept, sweep_options
 
 EVENTS = int(os.environ.get("ANGELPTM_STRESS_EVENTS", "1000000"))
@@ -52,9 +52,7 @@ class Stressed:
             spans=[
                 native.Span(
                     elements=ELEMENTS,
-                    master=[master],
-                    exp_avg=[exp_avg],
-                    exp_avg_sq=[],
+                    **fp32_states(ELEMENTS, [master], [exp_avg], [], page_bytes=PAGE),
                     grad=[grad],
                     param=param,
                     device_param=None,

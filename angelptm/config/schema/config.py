@@ -28,7 +28,7 @@ class Config(Section):
     tiers: Tiers = Field(description="Byte budgets of the device arena, the host pool and the SSD files.")
     page_size: Bytes = Field(default=4 * 2**20, description="Bytes of a page: a power of two, at least 64KiB.")
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Compute precision of parameters and activations; master and states stay fp32."
+        default="fp32", description="Compute precision of parameters and activations; masters have all bits of fp32."
     )
     optimizer: Optimizer = Field(default=Optimizer(), description="Update rule and parameter groups.")
     placement: Placement = Field(default=Placement(), description="Home tier of each kind of page.")
@@ -94,6 +94,7 @@ class Config(Section):
                 value=getattr(self.placement, asking[0]),
                 remedy="Add tiers.ssd: [{path: FOLDER}].",
             )
+        self._expect_states()
         if self.execution.updates == "backward" and self.gradient_clipping is not None:
             raise expected(
                 "auto or forward, as gradient_clipping needs the norm of all gradients before the first update",
@@ -111,6 +112,23 @@ class Config(Section):
         if self.hardware is not None:
             object.__setattr__(self, "io", _io_from_hardware(self.io, read_hardware(self.hardware)))
         return self
+
+    def _expect_states(self) -> None:
+        """A split master needs a parameter that is its upper half."""
+        named = [("optimizer.states", self.optimizer.states)]
+        named += [
+            (f"optimizer.groups.{index}.states", group.states)
+            for index, group in enumerate(self.optimizer.groups)
+            if group.states is not None
+        ]
+        for key, states in named:
+            if states.master == "split" and self.precision != "bf16":
+                raise expected(
+                    f"fp32 with precision: {self.precision}",
+                    key=f"{key}.master",
+                    value="split",
+                    remedy="Set precision: bf16, or leave it out: master: split is the default there.",
+                )
 
     def _expect_sweepable(self) -> None:
         """Updating threads exchange frames of parameters and gradients in memory."""

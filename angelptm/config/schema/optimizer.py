@@ -19,6 +19,25 @@ _DEFAULTS_BY_TYPE: dict[str, dict[str, Any]] = {
 }
 
 
+class States(Section):
+    """In how many bytes the optimizer's states are kept. What is read and written in each step is in proportion."""
+
+    master: Literal["fp32", "split"] | None = Field(
+        default=None,
+        description="fp32, or split: the bf16 parameter and 16 bits, which is the same fp32 number in no byte more "
+        "than it has. null: split where precision is bf16, else fp32.",
+    )
+    exp_avg: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32", description="First moment (momentum): 4, 2 or 1 bytes; fewer than 4 round at random."
+    )
+    exp_avg_sq: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32", description="Second moment (adamw): 4, 2 or 1 bytes; fewer than 4 round at random."
+    )
+    int8_from_elements: int = Field(
+        default=4096, ge=0, description="Smaller parameters, and those of one dimension, stay fp32 instead of int8."
+    )
+
+
 class ParamGroup(Section):
     """Parameters that differ from the top-level values. The first group with a matching pattern wins."""
 
@@ -29,10 +48,11 @@ class ParamGroup(Section):
     weight_decay: float | None = Field(
         default=None, ge=0, description="Weight decay of the group. null: optimizer.weight_decay."
     )
+    states: States | None = Field(default=None, description="Formats of the group's states. null: optimizer.states.")
 
 
 class Optimizer(Section):
-    """The update rule. States are always fp32, whatever the compute precision."""
+    """The update rule, and the formats of its states."""
 
     type: Literal["adamw", "sgd", "lion"] = Field(default="adamw", description="Update rule; case does not matter.")
     lr: float = Field(default=1e-3, ge=0, description="Learning rate before the schedule's factor.")
@@ -46,7 +66,8 @@ class Optimizer(Section):
     momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum (sgd).")
     dampening: float = Field(default=0.0, ge=0, le=1, description="Dampening of the momentum (sgd).")
     nesterov: bool = Field(default=False, description="Nesterov momentum (sgd).")
-    groups: list[ParamGroup] = Field(default=[], description="Parameters with their own lr or weight_decay.")
+    states: States = Field(default=States(), description="Formats of the states.")
+    groups: list[ParamGroup] = Field(default=[], description="Parameters with their own lr, weight_decay or states.")
 
     @field_validator("type", mode="before")
     @classmethod

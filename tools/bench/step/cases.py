@@ -50,7 +50,8 @@ SIZES = {
 @dataclass(frozen=True)
 class Case:
     """``kind``: paged (AngelPTM), resident (PyTorch in DRAM) or infinity (DeepSpeed). ``config``: what it is given
-    besides the work. ``expected_bytes``: a guess of its memory. ``left_out``: why it does not run."""
+    besides the work. ``rounds_states``: its moments have fewer bits than fp32, so its losses are its own.
+    ``expected_bytes``: a guess of its memory. ``left_out``: why it does not run."""
 
     name: str
     kind: str
@@ -58,6 +59,7 @@ class Case:
     expected_bytes: int
     config: dict[str, Any] = field(default_factory=dict)
     left_out: str | None = None
+    rounds_states: bool = False
 
 
 def all_cases(size: Size, facts: dict[str, int], precision: str, deepspeed: str | None) -> list[Case]:
@@ -111,6 +113,7 @@ def _paged(size: Size, parameters: int, precision: str) -> list[Case]:
         host: int = size.host,
         placement: dict[str, Any] = on_ssd,
         sections: dict[str, Any] | None = None,
+        rounds_states: bool = False,
     ) -> Case:
         config = {
             "tiers": {"device": device, "host": host},
@@ -125,12 +128,20 @@ def _paged(size: Size, parameters: int, precision: str) -> list[Case]:
             else None
         )
         budgets = (device if isinstance(device, int) else size.device) + host
-        return Case(name, "paged", clip, budgets + _PROCESS_BYTES, config, reason)
+        return Case(name, "paged", clip, budgets + _PROCESS_BYTES, config, reason, rounds_states)
 
+    def in_formats(name: str, **states: str) -> Case:
+        rounds = set(states) != {"master"}
+        return case(f"angelptm ssd {name}", sections={"optimizer": {"states": states}}, rounds_states=rounds)
+
+    master = {"bf16": "split", "fp32": "fp32"}[precision]
     serial = {"execution": {"moves": "serial"}}
     return [
         case("angelptm ssd"),
         case("angelptm ssd clipped", clip=True),
+        *([in_formats("fp32 states", master="fp32")] if precision == "bf16" else []),
+        in_formats("bf16 moments", master=master, exp_avg="bf16", exp_avg_sq="bf16"),
+        in_formats("int8 moments", master=master, exp_avg="int8", exp_avg_sq="int8"),
         # Host memory in which the updater can have read the states of the largest unit before its gradients come.
         case("angelptm ssd roomy", host=2 * size.host),
         case("angelptm ssd roomy clipped", host=2 * size.host, clip=True),

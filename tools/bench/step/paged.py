@@ -20,7 +20,12 @@ class Paged:
             **config,
             "tiers": tiers,
             "precision": work.precision,
-            "optimizer": {"type": "adamw", "lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
+            "optimizer": {
+                "type": "adamw",
+                "lr": LEARNING_RATE,
+                "weight_decay": WEIGHT_DECAY,
+                **config.get("optimizer", {}),
+            },
             "gradient_checkpointing": work.recompute,
             "gradient_clipping": MAX_NORM if clip else None,
         }
