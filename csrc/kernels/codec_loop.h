@@ -26,11 +26,25 @@ inline typename L::Int random_bits(Rounding rounding, std::size_t i) {
   return L::differing(x, L::template right<16>(x));
 }
 
-// 0 .. 65535 for the moment.
-template <class L, Moment kMoment>
-inline typename L::Int random_16(Rounding rounding, std::size_t i) {
-  const typename L::Int random = random_bits<L>(rounding, i);
-  return kMoment == Moment::kExpAvg ? L::both(random, L::all_bits(0xffff)) : L::template right<16>(random);
+// The random bits of a run of elements: made when they are asked for, or taken from where they were made before.
+struct Random {
+  Rounding rounding;
+  const std::uint32_t* made = nullptr;  // random_bits of each element
+
+  // 0 .. 65535 for the moment.
+  template <class L, Moment kMoment>
+  typename L::Int of(std::size_t i) const {
+    const typename L::Int random = made ? L::load_bits(made + i) : random_bits<L>(rounding, i);
+    return kMoment == Moment::kExpAvg ? L::both(random, L::all_bits(0xffff)) : L::template right<16>(random);
+  }
+};
+
+template <class L>
+inline void make_random(Rounding rounding, std::uint32_t* to, std::size_t count) {
+  for_vectors<L>(count, [&](auto lanes, std::size_t i) {
+    using V = decltype(lanes);
+    V::store_bits(to + i, random_bits<V>(rounding, i));
+  });
 }
 
 // How codes are spaced: decode gives a value of [0, 1] from a magnitude q, and neighbours the two between which a
@@ -85,11 +99,11 @@ void decode_8(const MomentCodes& codes, float* to, std::size_t count) {
   const auto* values = static_cast<const typename C::Stored*>(codes.values);
   for (std::size_t start = 0; start < count; start += kBlock8) {
     const std::size_t part = count - start < kBlock8 ? count - start : kBlock8;
-    const float scale = codes.scales[start / kBlock8];
+    const float scale = ScalarLanes::one_nan(codes.scales[start / kBlock8]);  // which a product with it is then too
     for_vectors<L>(part, [&](auto lanes, std::size_t i) {
       using V = decltype(lanes);
       const typename V::Float q = V::to_float(V::load_codes(values + start + i));
-      V::store(to + start + i, V::one_nan(V::mul(C::template value<V>(q), V::all(scale))));
+      V::store(to + start + i, V::mul(C::template value<V>(q), V::all(scale)));
     });
   }
 }
@@ -113,7 +127,7 @@ std::uint32_t greatest(const float* from, std::size_t count) {
 }
 
 template <class L, Moment kMoment>
-void encode_8(const float* from, const MomentCodes& codes, std::size_t count, Rounding rounding) {
+void encode_8(const float* from, const MomentCodes& codes, std::size_t count, const Random& random) {
   using C = Code<kMoment>;
   constexpr float kLeast = 0x1p-100f;
   auto* values = static_cast<typename C::Stored*>(codes.values);
@@ -139,9 +153,9 @@ void encode_8(const float* from, const MomentCodes& codes, std::size_t count, Ro
       const Float q = V::to_float(lower);
       const Float below = C::template power<V>(q);
       const Float width = V::sub(C::template power<V>(V::add(q, V::all(1.0f))), below);
-      const Float random =
-          V::mul(V::add(V::to_float(random_16<V, kMoment>(rounding, start + i)), V::all(0.5f)), V::all(0x1p-16f));
-      Int code = V::add(lower, V::one_if_less(V::mul(random, width), V::sub(x, below)));
+      const Float part_of_width =
+          V::mul(V::add(V::to_float(random.of<V, kMoment>(start + i)), V::all(0.5f)), V::all(0x1p-16f));
+      Int code = V::add(lower, V::one_if_less(V::mul(part_of_width, width), V::sub(x, below)));
       if constexpr (kMoment == Moment::kExpAvg) {
         const Int sign = V::template right<31>(V::bits(value));  // two's complement of the code where it is 1
         const Int mask = V::mul(sign, V::all_bits(0xffffffffu));
@@ -176,7 +190,7 @@ void decode_lanes(const MomentCodes& codes, float* to, std::size_t count) {
 }
 
 template <class L, Moment kMoment>
-void encode_lanes(const float* from, const MomentCodes& codes, std::size_t count, Rounding rounding) {
+void encode_lanes(const float* from, const MomentCodes& codes, std::size_t count, const Random& random) {
   switch (codes.format) {
     case MomentFormat::kF32:
       return for_vectors<L>(count, [&](auto lanes, std::size_t i) {
@@ -187,11 +201,11 @@ void encode_lanes(const float* from, const MomentCodes& codes, std::size_t count
       return for_vectors<L>(count, [&](auto lanes, std::size_t i) {
         using V = decltype(lanes);
         const typename V::Int bits = V::bits(V::one_nan(V::load(from + i)));
-        const typename V::Int moved = V::add(bits, random_16<V, kMoment>(rounding, i));
+        const typename V::Int moved = V::add(bits, random.of<V, kMoment>(i));
         V::store(static_cast<std::uint16_t*>(codes.values) + i, V::of_bits(moved));
       });
     case MomentFormat::kInt8:
-      return encode_8<L, kMoment>(from, codes, count, rounding);
+      return encode_8<L, kMoment>(from, codes, count, random);
   }
 }
 
@@ -220,8 +234,9 @@ struct Codec {
                               : decode_lanes<L, Moment::kExpAvgSq>(codes, to, count);
   }
   static void encode(Moment moment, const float* from, const MomentCodes& codes, std::size_t count, Rounding rounding) {
-    moment == Moment::kExpAvg ? encode_lanes<L, Moment::kExpAvg>(from, codes, count, rounding)
-                              : encode_lanes<L, Moment::kExpAvgSq>(from, codes, count, rounding);
+    const Random random{rounding};
+    moment == Moment::kExpAvg ? encode_lanes<L, Moment::kExpAvg>(from, codes, count, random)
+                              : encode_lanes<L, Moment::kExpAvgSq>(from, codes, count, random);
   }
 };
 

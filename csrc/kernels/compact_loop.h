@@ -32,8 +32,9 @@ class OpenMoment {
     }
   }
   float* values() { return values_; }
-  void put_back(Rounding rounding) {
-    if (values_ == room_) encode_lanes<L, kMoment>(room_, codes_, count_, rounding);
+  bool is_compact() const { return values_ == room_; }
+  void put_back(const Random& random) {
+    if (is_compact()) encode_lanes<L, kMoment>(room_, codes_, count_, random);
   }
 
  private:
@@ -47,6 +48,7 @@ template <class L>
 void step_compact_lanes(const Hyper& hyper, const CompactRun& run) {
   const Factors factors(hyper);
   alignas(64) float room[kChunk];
+  alignas(64) std::uint32_t random[kChunk];
   for (std::size_t start = 0; start < run.count; start += kChunk) {
     const std::size_t count = run.count - start < kChunk ? run.count - start : kChunk;
     OpenMoment<L, Moment::kExpAvg> exp_avg(run.exp_avg, start, count);
@@ -62,8 +64,10 @@ void step_compact_lanes(const Hyper& hyper, const CompactRun& run) {
                   run.grad_dtype, run.param_dtype});
     if (split) split_lanes<L>(room, nullptr, remainder, count);
     const Rounding rounding{run.rounding.key, run.rounding.first_element + static_cast<std::uint32_t>(start)};
-    exp_avg.put_back(rounding);
-    exp_avg_sq.put_back(rounding);
+    if (!exp_avg.is_compact() && !exp_avg_sq.is_compact()) continue;
+    make_random<L>(rounding, random, count);
+    exp_avg.put_back({rounding, random});
+    exp_avg_sq.put_back({rounding, random});
   }
 }
 

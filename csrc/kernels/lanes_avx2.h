@@ -88,6 +88,7 @@ struct Avx2Lanes {
   static void store_codes(std::int16_t* to, Int a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), upper_halves(of_bits(left<16>(a))));
   }
+  static Int load_bits(const std::uint32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
   static void store_bits(std::uint32_t* to, Int a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a); }
 
   static void add_squares(Double* sums, Float a) {

@@ -98,6 +98,7 @@ struct Avx512Lanes {
   static void store_codes(std::int16_t* to, Int a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a));
   }
+  static Int load_bits(const std::uint32_t* from) { return _mm512_loadu_si512(from); }
   static void store_bits(std::uint32_t* to, Int a) { _mm512_storeu_si512(to, a); }
 
   static void add_squares(Double* sums, Float a) {

@@ -81,6 +81,7 @@ struct ScalarLanes {
   static void store_codes(std::int8_t* to, Int a) { *to = static_cast<std::int8_t>(a); }  // low bits
   static void store_codes(std::uint8_t* to, Int a) { *to = static_cast<std::uint8_t>(a); }
   static void store_codes(std::int16_t* to, Int a) { *to = static_cast<std::int16_t>(a); }
+  static Int load_bits(const std::uint32_t* from) { return *from; }
   static void store_bits(std::uint32_t* to, Int a) { *to = a; }
 
   // sums[0 .. kFloats / kDoubles) += squares of a, exact products in double.

@@ -121,7 +121,7 @@ def _paged(size: Size, parameters: int, precision: str) -> list[Case]:
             "placement": placement,
             **(sections or {}),
         }
-        problem = config_problem(sections) if sections else None
+        problem = config_problem({**sections, "precision": precision}) if sections else None
         reason = (
             f"this version of AngelPTM does not take {json.dumps(sections)}: {problem.partition(';')[0]}"
             if problem
