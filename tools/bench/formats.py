@@ -4,7 +4,8 @@
     python tools/bench/formats.py --folder /nvme --out RESULT.json
 
 A round takes every format in turn on the same memory; medians of the rounds. "Of the drive" is how many times faster
-the core goes through the states, read and written, than the drive moves as many bytes in both directions at once.
+the core goes through the states, read and written, than the drive moves as many bytes, half of them each way, by fio
+where that is installed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(ROOT / "tools")
+sys.path.insert(1, str(ROOT))
 
 import angelptm_native as native  # noqa: E402
 import torch  # noqa: E402
+from bench.step.drive import drive_of  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -40,7 +42,7 @@ CASES = {
     "split, int8 moments": StateFormats("split", "int8", "int8"),
     "fp32, int8 moments": StateFormats("fp32", "int8", "int8"),
 }
-PAGE = 4 * 2**20
+DRIVE_BYTES = 2**30
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -103,15 +105,6 @@ class Case:
         )
 
 
-def drive_bytes_per_s(folder: Path) -> float:
-    """Of the drive, in both directions at once."""
-    with tempfile.TemporaryDirectory(prefix="angelptm-formats-", dir=folder) as inside:
-        store = native.Store(PAGE, 4, [(str(Path(inside) / "pages"), 128, 1.0)], queue_depth=16)
-        found = [store.probe_drive(1.0) for _ in range(3)]
-    rates = [one["mixed_bytes_per_s"] for one in found if one is not None]
-    return statistics.median(rates)
-
-
 def seconds_of(act: Callable[[], None]) -> float:
     start = time.perf_counter()
     act()
@@ -120,15 +113,17 @@ def seconds_of(act: Callable[[], None]) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     cases = {name: Case(formats, options.elements) for name, formats in CASES.items()}
-    drives = [drive_bytes_per_s(options.folder)]
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(options.rounds + 1):  # the first warms up
-        for name, case in cases.items():
-            taken = seconds_of(case.step)
-            if number:
-                seconds[name].append(taken)
-    drives.append(drive_bytes_per_s(options.folder))
-    drive = statistics.median(drives)
+    with drive_of(options.folder, DRIVE_BYTES) as ceiling:
+        ceiling.want(50)
+        for number in range(options.rounds + 1):  # the first warms up
+            for name, case in cases.items():
+                taken = seconds_of(case.step)
+                if number:
+                    seconds[name].append(taken)
+            if number % 3 == 0:
+                ceiling.round()
+        drive = ceiling.bytes_per_s(50)
     results = []
     for name, case in cases.items():
         median = statistics.median(seconds[name])
@@ -143,11 +138,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "seconds": seconds[name],
             }
         )
-    return {"drive_bytes_per_s": drive, "cases": results, "isa": native.isa_name(native.isa_in_use())}
+    return {
+        "drive_bytes_per_s": drive,
+        "drive_program": ceiling.program,
+        "cases": results,
+        "isa": native.isa_name(native.isa_in_use()),
+    }
 
 
 def show(found: dict[str, Any]) -> None:
-    title = f"one core, {found['isa']}; the drive moves {found['drive_bytes_per_s'] / 1e9:.2f} GB/s in both directions"
+    title = f"one core, {found['isa']}; the drive moves {found['drive_bytes_per_s'] / 1e9:.2f} GB/s, half each way"
     table = Table(title=title)
     for heading in ("states", "bytes read and written", "M elements/s", "GB/s of states", "of the drive"):
         table.add_column(heading, justify="left" if heading == "states" else "right")
