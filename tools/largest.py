@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         blocks = [module for module in model.modules() if module.__class__.__name__.endswith(("Block", "DecoderLayer"))]
         task = progress.add_task("", total=2 * len(blocks))  # each is computed in forward and again in backward
         for block in blocks:
-            block.register_forward_hook(lambda *_: progress.advance(task))
+            block.register_forward_pre_hook(lambda *_: progress.advance(task))
         try:
             for step in range(options.steps):
                 said = f", loss {losses[-1]:.3f}, {seconds[-1]:.0f} s" if losses else ""
