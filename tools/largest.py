@@ -112,8 +112,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         engine = angelptm.initialize(model, config)
         fill_seconds = time.perf_counter() - start
         progress.remove_task(task)
-        blocks = [module for module in model.modules() if module.__class__.__name__.endswith(("Block", "DecoderLayer"))]
-        task = progress.add_task("", total=2 * len(blocks))  # each is computed in forward and again in backward
+        # Each is computed in forward and, as blocks are checkpointed, again in backward.
+        blocks = [module for module in model.modules() if module.__class__.__name__.endswith("Attention")]
+        task = progress.add_task("", total=2 * len(blocks))
         for block in blocks:
             block.register_forward_pre_hook(lambda *_: progress.advance(task))
         try:
