@@ -1,4 +1,4 @@
-"""What late gradients cost: validation loss of the update modes bounded and lock_free against sync.
+"""What late gradients and small moments cost: validation loss of update modes and state formats against sync in fp32.
 
 The model and the text of configs/demo.yaml, a few seeds for each mode. In all modes a seed has the same first values,
 batches and learning rates, so that modes are compared seed by seed: at equal tokens, which is the loss after the same
@@ -11,6 +11,7 @@ and --threads 1 where others want its cores.
     python tools/bench/convergence.py --out RESULT.json --plot docs/convergence.png     # 4 modes, 3 seeds, 2000 steps
     python tools/bench/convergence.py --out RESULT.json --plot docs/convergence.png --pace 5
     python tools/bench/convergence.py --modes sync,lock-free,lock-free-sum --out OTHER.json
+    python tools/bench/convergence.py --modes sync,sync-bf16,sync-int8 --layers 8 --width 512 --out STATES.json
     python tools/bench/convergence.py --small --json                                    # seconds: does it run?
 
 Each run has a process of its own, one at a time, all modes of a seed in turn, in an order that rotates with the seed.
@@ -114,6 +115,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="ROUNDS",
         help="also measure the modes' pace, and compare at equal time by it",
     )
+    parser.add_argument("--layers", type=at_least_one, default=6, help="of the model (default 6, the demo's)")
+    parser.add_argument("--width", type=at_least_one, default=384, help="a multiple of 64 (default 384, the demo's)")
     parser.add_argument("--threads", type=at_least_one, help="of torch (default: its own choice, or 1 with --small)")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the drive to use (default: here)")
     parser.add_argument("--small", action="store_true", help="two modes, one seed, few steps: does it run?")
@@ -125,6 +128,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, value in asdict(size).items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
+    if options.width % 64:
+        parser.error(f"--width {options.width} is not a multiple of 64, the width of a head")
     if not options.folder.is_dir():
         parser.error(f"--folder {options.folder}: no such folder")
     for name in ("out", "plot"):
@@ -137,7 +142,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """As bench.convergence.training.Settings, which is the worker's, as it needs torch."""
     names = ("steps", "batch", "sequence", "lr", "schedule", "clip", "evaluate_every")
-    more = ("validation_batches", "validation_batch", "threads")
+    more = ("validation_batches", "validation_batch", "threads", "layers", "width")
     return {**{name: getattr(options, name) for name in (*names, *more)}, "warmup_steps": max(1, options.steps // 20)}
 
 

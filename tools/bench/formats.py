@@ -2,6 +2,7 @@
 
     python tools/bench/formats.py                    # a minute; the drive of this folder
     python tools/bench/formats.py --folder /nvme --out RESULT.json
+    python tools/bench/formats.py --small            # seconds: does it run?
 
 A round takes every format in turn on the same memory; medians of the rounds. "Of the drive" is how many times faster
 the core goes through the states, read and written, than the drive moves as many bytes, half of them each way, by fio
@@ -50,8 +51,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--elements", type=int, default=16 * 2**20, help="of the arrays (default 16 Mi)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the drive (default here)")
+    parser.add_argument("--small", action="store_true", help="few elements, a short look at the drive: does it run?")
     parser.add_argument("--out", type=Path, help="also write the result to this file, as JSON")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.drive_bytes = DRIVE_BYTES
+    if options.small:
+        options.elements, options.rounds, options.drive_bytes = 2**16, 2, 2**24
+    return options
 
 
 class Case:
@@ -114,7 +120,7 @@ def seconds_of(act: Callable[[], None]) -> float:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     cases = {name: Case(formats, options.elements) for name, formats in CASES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    with drive_of(options.folder, DRIVE_BYTES) as ceiling:
+    with drive_of(options.folder, options.drive_bytes) as ceiling:
         ceiling.want(50)
         for number in range(options.rounds + 1):  # the first warms up
             for name, case in cases.items():

@@ -12,6 +12,12 @@ import numpy as np
 Run = dict[str, Any]
 
 
+def model_of(settings: dict[str, Any]) -> str:
+    """For titles; runs that say nothing of it are of the demo's model."""
+    layers, width = settings.get("layers", 6), settings.get("width", 384)
+    return "gpt2-demo" if (layers, width) == (6, 384) else f"GPT-2, {layers} layers of {width}"
+
+
 def complete_seeds(runs: Sequence[Run], modes: Sequence[str]) -> list[int]:
     """Seeds that every mode has come to the end with: only these are compared."""
     ended = {(run["mode"], run["seed"]) for run in runs if run["diverged_at"] is None}

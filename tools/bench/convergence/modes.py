@@ -1,4 +1,4 @@
-"""Names of update modes on the command line."""
+"""Names on the command line: of update modes, and of formats of moments with sync."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ import re
 from typing import Any
 
 DEFAULT_MODES = ("sync", "bounded-1", "bounded-4", "lock-free")
-_NAME = re.compile(r"sync|(?:bounded-(?P<bound>\d+)|lock-free)(?P<sum>-sum)?")
+_NAME = re.compile(r"sync(?:-(?P<moments>bf16|int8))?|(?:bounded-(?P<bound>\d+)|lock-free)(?P<sum>-sum)?")
+
+
+def state_keys(name: str) -> dict[str, Any]:
+    """The config's ``optimizer.states`` section: both moments in the format that the name ends with."""
+    match = _match(name)
+    return {"exp_avg": match["moments"], "exp_avg_sq": match["moments"]} if match["moments"] else {}
 
 
 def update_keys(name: str) -> dict[str, Any]:
     """The config's ``update`` section for ``sync``, ``bounded-K`` or ``lock-free``; the last two with ``-sum`` apply
     the sum of gradients that have gathered instead of their mean. Raises ValueError for another name."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{name!r} is not a mode: sync, bounded-K, lock-free, bounded-K-sum, lock-free-sum")
-    if name == "sync":
+    match = _match(name)
+    if name.startswith("sync"):
         return {"mode": "sync"}
     gradients = {"gradients": "sum" if match["sum"] else "mean"}
     if match["bound"] is None:
         return {"mode": "lock_free", **gradients}
     return {"mode": "bounded", "max_staleness": int(match["bound"]), **gradients}
+
+
+def _match(name: str) -> re.Match[str]:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"{name!r} is not a mode: sync, sync-bf16, sync-int8, bounded-K, lock-free, bounded-K-sum, lock-free-sum"
+        )
+    return match

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.convergence.comparison import column, loss_at
+from bench.convergence.comparison import column, loss_at, model_of
 from bench.convergence.pace import Pace, at_pace
 
 _SHOWN_FROM = 0.05  # of the steps: the first fall would flatten all that follows
@@ -48,8 +48,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     seconds.legend(frameon=False)
     figure.suptitle(
-        f"gpt2-demo, steps of {per_step} tokens, lr {settings['lr']:g} {settings['schedule']}; median and range of "
-        f"{len(seeds)} seed{'s' * (len(seeds) != 1)}; {found['runs'][0]['machine']['cpu']}",
+        f"{model_of(settings)}, steps of {per_step} tokens, lr {settings['lr']:g} {settings['schedule']}; "
+        f"median and range of {len(seeds)} seed{'s' * (len(seeds) != 1)}; {found['runs'][0]['machine']['cpu']}",
         fontsize=10,
     )
     figure.tight_layout()

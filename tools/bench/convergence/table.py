@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from bench.convergence.comparison import model_of
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +14,8 @@ def show(found: dict[str, Any]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=170)
     settings, comparison = found["settings"], found["comparison"]
     table = Table(
-        title=f"gpt2-demo, {settings['steps']} steps of {settings['batch']} x {settings['sequence']} tokens, "
+        title=f"{model_of(settings)}, {settings['steps']} steps of "
+        f"{settings['batch']} x {settings['sequence']} tokens, "
         f"lr {settings['lr']:g}, seeds {comparison['seeds']}: median (min - max)"
     )
     table.add_column("mode")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.convergence.modes import update_keys
+from bench.convergence.modes import state_keys, update_keys
 from bench.step.worker import peak_rss_bytes, reply_channel, send
 
 import angelptm
@@ -45,21 +45,36 @@ class Settings:
     validation_batch: int
     threads: int | None
     """Of torch; None is its own choice."""
+    layers: int = 6
+    width: int = 384
 
 
 def config_of(settings: Settings, mode: str, seed: int, drive: Path) -> Config:
-    """The model, its text and the optimizer of configs/demo.yaml; parameters and gradients in memory, states on SSD."""
+    """The model of configs/demo.yaml, or a larger one of its kind, its text and optimizer; parameters and gradients in
+    memory, states on SSD."""
+    # The demo has 43 MB of parameters in the device arena, as many in host memory, and gradients once or twice.
+    larger = max(1.0, settings.layers * settings.width**2 / (6 * 384**2))
+    shape = {"n_layer": settings.layers, "n_embd": settings.width, "n_head": settings.width // 64}
     return load_config(
         {
-            # 43 MB of parameters in the device arena; as many in host memory, and once or twice as many of gradients.
-            "tiers": {"device": "64MiB", "host": "320MiB", "ssd": [{"path": str(drive)}]},
+            "tiers": {
+                "device": f"{round(64 * larger)}MiB",
+                "host": f"{round(320 * larger)}MiB",
+                "ssd": [{"path": str(drive)}],
+            },
             "page_size": "1MiB",
             "precision": "fp32",
             "placement": {"states": "ssd"},
-            "optimizer": {"type": "adamw", "lr": settings.lr, "betas": [0.9, 0.95], "weight_decay": 0.1},
+            "optimizer": {
+                "type": "adamw",
+                "lr": settings.lr,
+                "betas": [0.9, 0.95],
+                "weight_decay": 0.1,
+                "states": state_keys(mode),
+            },
             "gradient_clipping": settings.clip,
             "update": update_keys(mode),
-            "model": {"preset": "gpt2-demo"},
+            "model": {"preset": "gpt2-demo", "config": shape},
             "data": {"sequence_length": settings.sequence, "micro_batch_size": settings.batch},
             "training": {"steps": settings.steps, "seed": seed, "threads": settings.threads},
             "schedule": {"type": settings.schedule, "warmup_steps": settings.warmup_steps, "min_lr_ratio": 0.1},
