@@ -17,17 +17,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ssd": {**_SSD, **_TIGHT, "checkpoint": {"every": 1, "keep": 1}},
     "ssd-keep2": {**_SSD, "checkpoint": {"every": 2, "keep": 2}, "folders": 2},
     "bf16": {**_SSD, "checkpoint": {"every": 2, "keep": 1}, "precision": "bf16", "gradient_accumulation_steps": 2},
+    "int8": {**_SSD, **_TIGHT, "checkpoint": {"every": 1, "keep": 1}, "precision": "bf16", "moments": "int8"},
     "half": {**_TIGHT, "placement": {"param": "host", "states": 0.5}, "checkpoint": {"every": 1, "keep": 1}},
     "host": {"placement": {"param": "host", "states": "host"}, "checkpoint": {"every": 2, "keep": 2}},
     "no-ssd": {"placement": {"states": "host"}, "checkpoint": {"every": 1, "keep": 1}, "folders": 0},
 }
-"""Keys of the configuration, and ``folders``: how many the SSD tier has, one by default."""
+"""Keys of the configuration; ``folders``: how many the SSD tier has, one by default; and ``moments``: their format."""
 
 
 def config_of(variant: str, root: Path, corpus: Path) -> Config:
     """Everything that the run writes is below ``root``."""
     keys = dict(VARIANTS[variant])
-    folders = keys.pop("folders", 1)
+    folders, moments = keys.pop("folders", 1), keys.pop("moments", "fp32")
     on_host = keys["placement"]["states"] != "ssd"
     values: dict[str, Any] = {
         "tiers": {
@@ -36,7 +37,12 @@ def config_of(variant: str, root: Path, corpus: Path) -> Config:
             "ssd": [{"path": str(root / f"ssd{index}")} for index in range(folders)],
         },
         "page_size": "64KiB",
-        "optimizer": {"type": "adamw", "lr": 3e-3, "groups": [{"params": ["*.bias"], "weight_decay": 0.0}]},
+        "optimizer": {
+            "type": "adamw",
+            "lr": 3e-3,
+            "states": {"exp_avg": moments, "exp_avg_sq": moments, "int8_from_elements": 0},
+            "groups": [{"params": ["*.bias"], "weight_decay": 0.0}],
+        },
         "gradient_clipping": 0.5,
         "schedule": {"type": "cosine", "warmup_steps": 3},
         "model": {
