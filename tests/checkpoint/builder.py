@@ -6,6 +6,7 @@ import base64
 import json
 import random
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from angelptm.checkpoint.checksum import crc32c
 from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.header import BufferRecord, Header, units_from_layouts
 from angelptm.checkpoint.records import NONE, PAGE_RECORD, Kind, extent_bytes, kind_dtype, moment_kinds
+from angelptm.states.formats import FP32, StateFormats
+from angelptm.states.layout import UnitFormats, record_bytes, record_counts
 from angelptm.units.layout import ParamSpec, UnitLayout, pack
 
 PAGE_BYTES = 1 << 16
@@ -65,13 +68,15 @@ def rng_state(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def make_layouts(units: dict[str, Shapes], page_elements: int) -> tuple[UnitLayout, ...]:
+def make_layouts(
+    units: dict[str, Shapes], page_elements: int, states: Mapping[str, StateFormats] | None = None
+) -> tuple[UnitLayout, ...]:
     return tuple(
         pack(
             unit,
             index,
             [
-                ParamSpec(name, shape, trainable, ((unit, name.rpartition(".")[2]),))
+                ParamSpec(name, shape, trainable, ((unit, name.rpartition(".")[2]),), (states or {}).get(name, FP32))
                 for name, (shape, trainable) in params.items()
             ],
             page_elements,
@@ -96,20 +101,28 @@ def make_commit(
     file_names: tuple[str, ...] = ("states-0.pages", "states-1.pages"),
     unwritten: float = 0.1,
     trainable_params: bool = True,
+    states: Mapping[str, StateFormats] | None = None,
     **header: Any,
 ) -> Commit:
     """A commit with random contents, its pages in a random order over random slots.
 
     ``unwritten``: share of the moments' pages that were never written. ``trainable_params``: store PARAM pages of the
-    trainable parameters too. ``header``: further fields, which replace those made here.
+    trainable parameters too. ``states``: formats of parameters whose states are not all fp32, which makes records of
+    all states, all of them written. ``header``: further fields, which replace those made here.
     """
     rng = random.Random(seed)
     units = SMALL if units is None else units
     item = kind_dtype(Kind.PARAM, precision).itemsize
-    layouts = make_layouts(units, page_bytes // item)
+    layouts = make_layouts(units, page_bytes // item, states)
     rows: list[tuple[int, Kind, int, int]] = []
+    formats = [UnitFormats(layout, len(moment_kinds(optimizer))) for layout in layouts]
     for layout in layouts:
-        for kind in (Kind.MASTER, *moment_kinds(optimizer)):
+        if states and layout.trainable_elements:
+            start = 0
+            for count in record_counts(formats[layout.index], 0, layout.trainable_elements, page_bytes):
+                rows.append((layout.index, Kind.STATES, start, count))
+                start += count
+        for kind in () if states else (Kind.MASTER, *moment_kinds(optimizer)):
             rows += [(layout.index, kind, *r) for r in _page_ranges(0, layout.trainable_elements, page_bytes // 4)]
         sections = [(layout.frozen_offset, layout.frozen_elements)]
         if trainable_params:
@@ -131,11 +144,15 @@ def make_commit(
     contents = {}
     for index, (unit, kind, start, count) in enumerate(rows):
         dtype = kind_dtype(kind, precision)
-        page = (unit, kind, dtype, 0, start, count, NONE, 0, 0, 0, rng.randrange(1000))
+        size = count * dtype.itemsize
+        if kind is Kind.STATES:
+            size = record_bytes(formats[unit].runs(start, count), len(moment_kinds(optimizer)))
+        sized = size if kind is Kind.STATES else 0
+        page = (unit, kind, dtype, 0, start, count, NONE, 0, 0, sized, rng.randrange(1000))
         pages[index] = page
         if kind in (Kind.EXP_AVG, Kind.EXP_AVG_SQ) and rng.random() < unwritten:
             continue
-        content = rng.randbytes(count * dtype.itemsize)
+        content = rng.randbytes(size)
         if dtype is dtype.FP32:  # numbers rather than NaN with a payload
             content = np.frombuffer(content, "<u4").astype(np.float32).tobytes()
         contents[index] = content.ljust(extent_bytes(len(content)), b"\0")
