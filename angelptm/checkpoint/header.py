@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from angelptm.checkpoint.json_value import check_json, check_text, problem
-from angelptm.states.formats import FP32, StateFormats
+from angelptm.states.formats import FP32, MOMENT_COUNT, StateFormats
 from angelptm.units.layout import ALIGN_ELEMENTS, ParamLayout, UnitLayout
 
 FORMAT_VERSION = 1
@@ -261,7 +261,7 @@ class Header(_Part):
     @property
     def has_records(self) -> bool:
         """Whether states lie together in pages of STATES."""
-        moments = 2 if self.optimizer.type == "adamw" else 1
+        moments = MOMENT_COUNT[self.optimizer.type]
         params = (param for unit in self.units for param in unit.params if param.trainable)
         return any(param.formats.of_rule(moments) != FP32 for param in params)
 

@@ -126,8 +126,7 @@ class CommitReader:
         count = numel - start if count is None else count
         if start < 0 or count < 0 or start + count > numel:
             raise CheckpointError(self._where, f"{label}[{start}:{start + count}]", f"a range in {numel} elements")
-        end, header = start + count, self.manifest.header
-        in_records = header.has_records and kind in (Kind.MASTER, *moment_kinds(header.optimizer.type))
+        end, in_records = start + count, kind in self._in_records
         pieces = self.manifest.find(name, Kind.STATES if in_records else kind)
         pieces = [piece for piece in pieces if piece.start < end and piece.start + piece.count > start]
         held = sum(min(p.start + p.count, end) - max(p.start, start) for p in pieces)
@@ -201,6 +200,12 @@ class CommitReader:
             params=params.ctypes.data if params is not None else 0,
         )
         return values[ahead:]
+
+    @functools.cached_property
+    def _in_records(self) -> frozenset[Kind]:
+        """The kinds that this commit has in records."""
+        header = self.manifest.header
+        return frozenset((Kind.MASTER, *moment_kinds(header.optimizer.type)) if header.has_records else ())
 
     @functools.cached_property
     def _unit_formats(self) -> list[UnitFormats]:

@@ -17,11 +17,10 @@ from angelptm.checkpoint.slot_files import slot_file_bytes
 from angelptm.config import Config
 from angelptm.errors import AngelPTMError
 from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, SweepBudget, make_plan
-from angelptm.states.formats import FP32, StateFormats
+from angelptm.states.formats import FP32, MOMENT_COUNT, StateFormats
 from angelptm.states.layout import choose_page_elements
 from angelptm.units import ParamSpec, Structure, UnitLayout, find_structure, pack
 
-_MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1}
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
@@ -72,7 +71,7 @@ def lay_out(model: nn.Module, config: Config) -> tuple[Structure, list[UnitLayou
         page_bytes=config.page_size,
         param_itemsize=ITEMSIZE[config.precision],
         grad_itemsize=ITEMSIZE[grad_precision(config)],
-        moment_count=_MOMENTS[config.optimizer.type],
+        moment_count=MOMENT_COUNT[config.optimizer.type],
     )
     layouts = [
         pack(unit.name, index, params, page_elements)
@@ -169,7 +168,7 @@ def plan_of(structure: Structure, layouts: Sequence[UnitLayout], config: Config,
         budgets_of(config, buffer_bytes),
         param_itemsize=ITEMSIZE[config.precision],
         grad_itemsize=ITEMSIZE[grad_precision(config)],
-        moment_count=_MOMENTS[config.optimizer.type],
+        moment_count=MOMENT_COUNT[config.optimizer.type],
     )
 
 

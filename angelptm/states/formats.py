@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 BLOCK8 = 128
 """Elements of an int8 moment under one fp32 scale: the native module's kBlock8."""
 
+MOMENT_COUNT = {"adamw": 2, "sgd": 1, "lion": 1}
+"""Moments that a rule keeps, by the name of its optimizer."""
+
 MASTER_ITEMSIZE = {"fp32": 4, "split": 2}
 MOMENT_ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}
 

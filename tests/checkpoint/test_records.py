@@ -163,10 +163,19 @@ def test_records_of_another_length_are_refused(commit: Commit) -> None:
 
 
 def test_records_cut_inside_a_block_are_refused(commit: Commit) -> None:
+    """One element less here and one more there: all of them are still covered."""
     pages = commit.manifest.pages.copy()
-    last = int(np.flatnonzero((pages["kind"] == Kind.STATES) & (pages["unit"] == 1))[0])
-    pages[last]["count"] -= 1
-    assert "multiples of 128" in refusal(commit, pages) or "without STATES" in refusal(commit, pages)
+    own = np.flatnonzero((pages["kind"] == Kind.STATES) & (pages["unit"] == 1))
+    first, second = own[np.argsort(pages["start"][own])][:2]
+    pages[first]["count"] -= 1
+    pages[second]["start"] -= 1
+    pages[second]["count"] += 1
+    assert "expected records cut at multiples of 128 elements" in refusal(commit, pages)
+
+
+def test_elements_without_a_record_are_refused(commit: Commit) -> None:
+    _, pages = changed(commit, Kind.STATES, count=-128)
+    assert "without STATES pages" in refusal(commit, pages)
 
 
 def test_states_of_their_own_beside_records_are_refused(commit: Commit) -> None:

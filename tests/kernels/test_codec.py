@@ -129,6 +129,7 @@ def test_the_expected_value_is_kept(moment, form):
     # A square below the first code is rounded up to it, always.
     least = 0.05 / 255**4 if (moment, form) == (native.Moment.EXP_AVG_SQ, FORMATS[2]) else 0
     always_up = np.abs(x) < least * (1 - 1e-5)
+    assert (np.abs(seen - x.astype(np.float64)) <= step * (1 + 1e-5) + 1e-6 * np.abs(x))[:, ~always_up].all()
     off = np.abs(seen.mean(0, dtype=np.float64) - x)
     deviation = (high - low) / 2 / np.sqrt(throws)
     never = 20 * step / throws  # an end that is as rare as that may not have been thrown at all
