@@ -199,3 +199,16 @@ def test_modes_take_turns_at_coming_first(monkeypatch: pytest.MonkeyPatch) -> No
     missing = Runs({}, None).missing(["a", "b", "c"], range(1, 4))
     assert [mode for mode, _ in missing] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
     assert [seed for _, seed in missing] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_names_end_with_the_format_of_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from bench.convergence.modes import state_keys, update_keys
+
+    assert state_keys("sync-int8") == {"exp_avg": "int8", "exp_avg_sq": "int8"}
+    assert state_keys("sync-bf16") == {"exp_avg": "bf16", "exp_avg_sq": "bf16"}
+    assert update_keys("sync-int8") == update_keys("sync") == {"mode": "sync"}
+    assert state_keys("sync") == state_keys("lock-free") == {}
+    for name in ("sync-fp8", "bounded-1-int8"):
+        with pytest.raises(ValueError, match="is not a mode"):
+            state_keys(name)

@@ -36,7 +36,9 @@ def test_training_goes_on_from_a_copy_bit_by_bit(
     dest = tmp_path / "dest"
     copied = in_json(angelptm, "copy", str(trained.folder), str(dest), "--step", str(step), "--ssd", str(trained.ssd))
     assert copied["step"] == step
-    assert copied["copied_pages"] > 20
+    kinds = in_json(angelptm, "show", str(trained.folder), "--step", str(step))["kinds"].values()
+    assert copied["copied_pages"] == sum(kind["pages"] - kind["never_written_pages"] for kind in kinds) > 0
+    assert trained.precision == "bf16" or copied["copied_pages"] > 30, "records are fewer pages"
     assert in_json(angelptm, "verify", str(dest))["intact"]
     shutil.copytree(dest, tmp_path / "other")
     elsewhere = run_config(tmp_path / "new", tmp_path / "new-ssd", trained.precision)

@@ -7,12 +7,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from angelptm.checkpoint.records import Kind
 from angelptm.config import Config
 from angelptm.engine import Engine
+from angelptm.engine.dtypes import rounded
 from angelptm.engine.setup import StateChoice
 from angelptm.errors import ConfigError
 from angelptm.states.formats import FP32, StateFormats
@@ -110,8 +112,6 @@ def test_parameters_are_changed_by_hand_with_their_masters(make_both: MakeBoth) 
     with engine.gathered([name], modify=True) as values:
         values[name].data.mul_(1.2345678)
     reference.masters[name].mul_(1.2345678)
-    from angelptm.engine.dtypes import rounded
-
     param = reference.params[name]
     param.data.copy_(rounded(reference.masters[name], torch.bfloat16).view_as(param))
     assert_same_parameters(engine, reference)
@@ -130,29 +130,33 @@ CONVERSIONS = [
 ]
 
 
+def resumed_with(states: dict[str, Any], folder: Path) -> Engine:
+    config = config_of(GPT2.model(), folder, precision="bf16", optimizer=optimizer(states))
+    return Engine(GPT2.model(), config, resume=folder / "run")
+
+
+def commit_after_three_steps(
+    states: dict[str, Any], folder: Path
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, torch.Tensor]]:
+    """All states of the commit, and the masters."""
+    engine = Engine(GPT2.model(), config_of(GPT2.model(), folder, precision="bf16", optimizer=optimizer(states)))
+    train(engine, GPT2, 3)
+    masters = snapshot(engine.state_dict(master=True))
+    engine.save_checkpoint(wait=True)
+    engine.close()
+    return committed(folder / "run", 3, [folder / "pages"]), masters
+
+
 @pytest.mark.parametrize(("before", "after"), CONVERSIONS, ids=str)
 def test_a_commit_is_resumed_in_any_formats(before: dict[str, Any], after: dict[str, Any], tmp_path: Path) -> None:
     """Masters to the bit; moments within a step of the format; and what a format has exactly comes back exactly."""
-    first = Engine(GPT2.model(), config_of(GPT2.model(), tmp_path, precision="bf16", optimizer=optimizer(before)))
-    train(first, GPT2, 3)
-    masters = snapshot(first.state_dict(master=True))
-    first.save_checkpoint(wait=True)
-    first.close()
-    was = committed(tmp_path / "run", 3, [tmp_path / "pages"])
-    second = Engine(
-        GPT2.model(),
-        config_of(GPT2.model(), tmp_path, precision="bf16", optimizer=optimizer(after)),
-        resume=tmp_path / "run",
-    )
+    was, masters = commit_after_three_steps(before, tmp_path)
+    second = resumed_with(after, tmp_path)
     assert_masters(second, masters)
     train(second, GPT2, 1, 3)  # goes on; and the commit after it has the formats of the second run
     second.save_checkpoint(wait=True)
     second.close()
-    third = Engine(
-        GPT2.model(),
-        config_of(GPT2.model(), tmp_path, precision="bf16", optimizer=optimizer(after)),
-        resume=tmp_path / "run",
-    )
+    third = resumed_with(after, tmp_path)
     assert third.resumed is not None
     assert third.resumed.pages.read == 0, "the same formats are adopted where they are"
     third.close()
@@ -160,16 +164,8 @@ def test_a_commit_is_resumed_in_any_formats(before: dict[str, Any], after: dict[
 
 
 def test_moments_are_near_after_a_conversion(tmp_path: Path) -> None:
-    first = Engine(GPT2.model(), config_of(GPT2.model(), tmp_path, precision="bf16", optimizer=optimizer({})))
-    train(first, GPT2, 3)
-    first.save_checkpoint(wait=True)
-    first.close()
-    was = committed(tmp_path / "run", 3, [tmp_path / "pages"])
-    second = Engine(
-        GPT2.model(),
-        config_of(GPT2.model(), tmp_path, precision="bf16", optimizer=optimizer(BF16)),
-        resume=tmp_path / "run",
-    )
+    was, _ = commit_after_three_steps({}, tmp_path)
+    second = resumed_with(BF16, tmp_path)
     second.save_checkpoint(wait=True)
     second.close()
     now = committed(tmp_path / "run", 3, [tmp_path / "pages"])
