@@ -1,17 +1,18 @@
-"""What late gradients and small moments cost: validation loss of update modes and state formats against sync in fp32.
+r"""What late gradients and small moments cost: validation loss of update modes and state formats against sync in fp32.
 
 The model and the text of configs/demo.yaml, a few seeds for each mode. In all modes a seed has the same first values,
 batches and learning rates, so that modes are compared seed by seed: at equal tokens, which is the loss after the same
 number of steps, and at equal wall time, which is the loss that each had when the fastest mode of its seed was done.
-Optimizer states are on the SSD, parameters and gradients in memory. A step is of 64 tokens only: whatever its batch,
-sync reads and writes 130 MB of states for it, and where computing takes longer than that there is nothing for the other
-modes to gain. The table says how much of training waits; should sync hardly wait on your machine, try --sequence 32,
-and --threads 1 where others want its cores.
+Optimizer states are on the SSD unless --states says otherwise, parameters and gradients in memory. A step is of 64
+tokens only: whatever its batch, sync reads and writes 130 MB of states for it, and where computing takes longer than
+that there is nothing for the other modes to gain. The table says how much of training waits; should sync hardly wait on
+your machine, try --sequence 32, and --threads 1 where others want its cores.
 
     python tools/bench/convergence.py --out RESULT.json --plot docs/convergence.png     # 4 modes, 3 seeds, 2000 steps
     python tools/bench/convergence.py --out RESULT.json --plot docs/convergence.png --pace 5
     python tools/bench/convergence.py --modes sync,lock-free,lock-free-sum --out OTHER.json
-    python tools/bench/convergence.py --modes sync,sync-bf16,sync-int8 --layers 8 --width 512 --out STATES.json
+    python tools/bench/convergence.py --modes sync,sync-bf16,sync-int8,torchao-int8 --states host \
+        --layers 7 --width 512 --steps 3000 --lr 3e-4 --out STATES.json --plot docs/convergence-states.png
     python tools/bench/convergence.py --small --json                                    # seconds: does it run?
 
 Each run has a process of its own, one at a time, all modes of a seed in turn, in an order that rotates with the seed.
@@ -117,6 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--layers", type=at_least_one, default=6, help="of the model (default 6, the demo's)")
     parser.add_argument("--width", type=at_least_one, default=384, help="a multiple of 64 (default 384, the demo's)")
+    parser.add_argument("--states", choices=["ssd", "host"], default="ssd", help="where they live (default ssd)")
     parser.add_argument("--threads", type=at_least_one, help="of torch (default: its own choice, or 1 with --small)")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the drive to use (default: here)")
     parser.add_argument("--small", action="store_true", help="two modes, one seed, few steps: does it run?")
@@ -142,7 +144,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """As bench.convergence.training.Settings, which is the worker's, as it needs torch."""
     names = ("steps", "batch", "sequence", "lr", "schedule", "clip", "evaluate_every")
-    more = ("validation_batches", "validation_batch", "threads", "layers", "width")
+    more = ("validation_batches", "validation_batch", "threads", "layers", "width", "states")
     return {**{name: getattr(options, name) for name in (*names, *more)}, "warmup_steps": max(1, options.steps // 20)}
 
 

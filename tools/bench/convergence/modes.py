@@ -1,12 +1,15 @@
-"""Names on the command line: of update modes, and of formats of moments with sync."""
+"""Names on the command line: of update modes, of formats of moments with sync, and of a library's 8-bit AdamW."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+LIBRARY_MODE = "torchao-int8"
 DEFAULT_MODES = ("sync", "bounded-1", "bounded-4", "lock-free")
-_NAME = re.compile(r"sync(?:-(?P<moments>bf16|int8))?|(?:bounded-(?P<bound>\d+)|lock-free)(?P<sum>-sum)?")
+_NAME = re.compile(
+    rf"{LIBRARY_MODE}|sync(?:-(?P<moments>bf16|int8))?|(?:bounded-(?P<bound>\d+)|lock-free)(?P<sum>-sum)?"
+)
 
 
 def state_keys(name: str) -> dict[str, Any]:
@@ -19,7 +22,7 @@ def update_keys(name: str) -> dict[str, Any]:
     """The config's ``update`` section for ``sync``, ``bounded-K`` or ``lock-free``; the last two with ``-sum`` apply
     the sum of gradients that have gathered instead of their mean. Raises ValueError for another name."""
     match = _match(name)
-    if name.startswith("sync"):
+    if name == LIBRARY_MODE or name.startswith("sync"):
         return {"mode": "sync"}
     gradients = {"gradients": "sum" if match["sum"] else "mean"}
     if match["bound"] is None:
@@ -31,6 +34,7 @@ def _match(name: str) -> re.Match[str]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"{name!r} is not a mode: sync, sync-bf16, sync-int8, bounded-K, lock-free, bounded-K-sum, lock-free-sum"
+            f"{name!r} is not a mode: sync, sync-bf16, sync-int8, {LIBRARY_MODE}, bounded-K, lock-free, bounded-K-sum, "
+            "lock-free-sum"
         )
     return match

@@ -89,10 +89,10 @@ def main() -> None:
             training.train(asked["untimed"])
             before = training.seconds
             training.train(asked["timed"])
-            training.engine.drain()
+            training.trained.drain()
             send(channel, {"step_seconds": (training.seconds - before) / asked["timed"]})
     finally:
-        training.engine.close()
+        training.trained.close()
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from bench.convergence.modes import state_keys, update_keys
+from bench.convergence.modes import LIBRARY_MODE, state_keys, update_keys
 from bench.step.worker import peak_rss_bytes, reply_channel, send
 
 import angelptm
@@ -47,11 +47,13 @@ class Settings:
     """Of torch; None is its own choice."""
     layers: int = 6
     width: int = 384
+    states: str = "ssd"
+    """Where they live: late gradients are about the drive, formats are the same numbers everywhere."""
 
 
 def config_of(settings: Settings, mode: str, seed: int, drive: Path) -> Config:
     """The model of configs/demo.yaml, or a larger one of its kind, its text and optimizer; parameters and gradients in
-    memory, states on SSD."""
+    memory, states where the settings say."""
     # The demo has 43 MB of parameters in the device arena, as many in host memory, and gradients once or twice.
     larger = max(1.0, settings.layers * settings.width**2 / (6 * 384**2))
     shape = {"n_layer": settings.layers, "n_embd": settings.width, "n_head": settings.width // 64}
@@ -64,7 +66,7 @@ def config_of(settings: Settings, mode: str, seed: int, drive: Path) -> Config:
             },
             "page_size": "1MiB",
             "precision": "fp32",
-            "placement": {"states": "ssd"},
+            "placement": {"states": settings.states},
             "optimizer": {
                 "type": "adamw",
                 "lr": settings.lr,
@@ -82,6 +84,77 @@ def config_of(settings: Settings, mode: str, seed: int, drive: Path) -> Config:
     )
 
 
+class Trained(Protocol):
+    """A model and its optimizer, who take one batch a step."""
+
+    module: Any
+    global_step: int
+    optimizer: torch.optim.Optimizer
+
+    def step(self, batch: dict[str, Any]) -> None: ...
+
+    def loss(self, batch: dict[str, Any]) -> float: ...
+
+    def stalled_seconds(self) -> float:
+        """That steps have waited for pages and updates so far."""
+        ...
+
+    def drain(self) -> None:
+        """Returns when everything that steps began has ended."""
+        ...
+
+    def facts(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class Paged:
+    """AngelPTM. See :class:`Trained`."""
+
+    def __init__(self, config: Config) -> None:
+        self._engine = angelptm.initialize(build_model(config), config)
+        self.module: Any = self._engine.module
+        self.optimizer: torch.optim.Optimizer = self._engine.optimizer
+
+    @property
+    def global_step(self) -> int:
+        return self._engine.global_step
+
+    def step(self, batch: dict[str, Any]) -> None:
+        self._engine.backward(self._engine(**batch).loss)
+        self._engine.step()
+
+    def loss(self, batch: dict[str, Any]) -> float:
+        return float(self._engine(**batch).loss)
+
+    def stalled_seconds(self) -> float:
+        phases = self._engine.phase_seconds()
+        return phases["fetch"] + phases["update_gate"]
+
+    def drain(self) -> None:
+        self._engine.drain()
+
+    def facts(self) -> dict[str, Any]:
+        staleness = sum((Counter(unit) for unit in self._engine.staleness()), Counter[int]())
+        return {
+            "staleness": {str(lag): count for lag, count in sorted(staleness.items())},
+            "gradient_counts": self._engine.gradient_counts(),
+            "phase_seconds": self._engine.phase_seconds(),
+            "traffic": self._engine.traffic(),
+        }
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def trained_in(mode: str, config: Config) -> Trained:
+    if mode == LIBRARY_MODE:
+        from bench.convergence.library import Library
+
+        return Library(config)
+    return Paged(config)
+
+
 class Training:
     """One model on its way, and the clocks beside it."""
 
@@ -94,55 +167,48 @@ class Training:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(seed)
-        model: Any = build_model(config)
-        vocabulary = model.config.vocab_size
+        self.trained = trained_in(mode, config)
+        vocabulary = self.trained.module.config.vocab_size
         self._batches, _ = open_dataset(config.data, seed, folder, vocabulary)
         larger = config.data.model_copy(update={"micro_batch_size": settings.validation_batch})
         held_out = open_dataset(larger, _VALIDATION_SEED, folder, vocabulary)[1]
         assert held_out is not None, "the config's validation_fraction is not 0"
         self._held_out: TokenBatches = held_out
-        self.engine = angelptm.initialize(model, config)
-        self._scheduler = make_scheduler(self.engine.optimizer, config.schedule, settings.steps)
+        self._scheduler = make_scheduler(self.trained.optimizer, config.schedule, settings.steps)
         self.seconds = self.stall_seconds = self.drain_seconds = self.validation_seconds = 0.0
         self.curve: list[dict[str, float]] = []
 
     def train(self, steps: int) -> None:
         """Raises NonFiniteError when the loss stops being a number."""
-        start, stalled = time.perf_counter(), self._stalled()
+        start, stalled = time.perf_counter(), self.trained.stalled_seconds()
         for _ in range(steps):
-            self.engine.backward(self.engine(**next(self._batches)).loss)
-            self.engine.step()
+            self.trained.step(next(self._batches))
             self._scheduler.step()
         self.seconds += time.perf_counter() - start
-        self.stall_seconds += self._stalled() - stalled
-
-    def _stalled(self) -> float:
-        phases = self.engine.phase_seconds()
-        return phases["fetch"] + phases["update_gate"]
+        self.stall_seconds += self.trained.stalled_seconds() - stalled
 
     def validate(self) -> dict[str, float]:
         """A point of the curve: the mean loss of the held-out samples, with every gradient so far applied. Raises
         NonFiniteError when it is no number."""
         start = time.perf_counter()
-        self.engine.drain()
+        self.trained.drain()
         drained = time.perf_counter()
-        self.engine.module.eval()
+        self.trained.module.eval()
         total, count = 0.0, self._settings.validation_batches
         with torch.no_grad():
             for index in range(count):
-                total += float(self.engine(**self._held_out.batch(index)).loss)
-        self.engine.module.train()
+                total += self.trained.loss(self._held_out.batch(index))
+        self.trained.module.train()
         self.drain_seconds += drained - start
         self.validation_seconds += time.perf_counter() - drained
         if not math.isfinite(total):
-            raise NonFiniteError(f"step {self.engine.global_step}: the validation loss is {total}")
-        point = {"step": self.engine.global_step, "seconds": self.seconds, "validation_loss": total / count}
+            raise NonFiniteError(f"step {self.trained.global_step}: the validation loss is {total}")
+        point = {"step": self.trained.global_step, "seconds": self.seconds, "validation_loss": total / count}
         self.curve.append(point)
         return point
 
     def result(self, diverged_at: int | None) -> dict[str, Any]:
-        settings, taken = self._settings, self.engine.global_step
-        staleness = sum((Counter(unit) for unit in self.engine.staleness()), Counter[int]())
+        settings, taken = self._settings, self.trained.global_step
         return {
             "diverged_at": diverged_at,
             "final_validation_loss": self.curve[-1]["validation_loss"] if diverged_at is None else None,
@@ -153,10 +219,7 @@ class Training:
             "drain_seconds": self.drain_seconds,
             "validation_seconds": self.validation_seconds,
             "curve": self.curve,
-            "staleness": {str(lag): count for lag, count in sorted(staleness.items())},
-            "gradient_counts": self.engine.gradient_counts(),
-            "phase_seconds": self.engine.phase_seconds(),
-            "traffic": self.engine.traffic(),
+            **self.trained.facts(),
             "peak_rss_bytes": peak_rss_bytes(),
             "config_hash": self.config_hash,
             "torch": torch.__version__,
@@ -172,16 +235,16 @@ def main() -> None:
     diverged_at = None
     try:
         send(channel, {"point": training.validate()})
-        while (left := settings.steps - training.engine.global_step) > 0:
+        while (left := settings.steps - training.trained.global_step) > 0:
             training.train(min(settings.evaluate_every, left))
             send(channel, {"point": training.validate()})
     except NonFiniteError as error:
         print(error, file=sys.stderr)
-        diverged_at = training.engine.global_step
+        diverged_at = training.trained.global_step
     try:
         result = training.result(diverged_at)
     finally:
-        training.engine.close()
+        training.trained.close()
     send(channel, {"result": result})
 
 
