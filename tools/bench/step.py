@@ -46,6 +46,7 @@ from bench.step.rounds import Rounds  # noqa: E402
 from bench.step.table import show  # noqa: E402
 from bench.step.training import Work  # noqa: E402
 
+from angelptm.sizes import parse_bytes  # noqa: E402
 from io_engine.machine import machine_facts, source_commit  # noqa: E402
 
 
@@ -53,6 +54,13 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def budget(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -65,6 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=at_least_one, help="blocks of every case (default 5; 2 with --small)")
     parser.add_argument("--steps", type=at_least_one, help="steps of a block (default 4; 3 for gpt2-medium)")
+    parser.add_argument("--host", type=budget, metavar="SIZE", help="host budget of the AngelPTM cases (512MiB)")
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="checkpointed blocks (gpt2-medium)")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the drive to measure (default: here)")
     parser.add_argument(
@@ -98,7 +107,7 @@ def write_values(work: Work) -> dict[str, int]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     preset = options.preset or ("gpt2-demo" if options.small else "gpt2")
-    given = {name: getattr(options, name) for name in ("batch", "sequence", "rounds", "steps", "recompute")}
+    given = {name: getattr(options, name) for name in ("batch", "sequence", "rounds", "steps", "recompute", "host")}
     size = replace(SIZES[preset], **{name: value for name, value in given.items() if value is not None})
     check_sequence(preset, size.sequence)
     values = folder / "values"
