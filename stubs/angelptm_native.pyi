@@ -2,7 +2,7 @@
 
 # ---- kernels (csrc/bind/bind_kernels.cpp) ----
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -313,6 +313,8 @@ class Store:
     @property
     def page_count(self) -> int: ...
     @property
+    def host_address(self) -> int: ...
+    @property
     def host_frame_count(self) -> int: ...
     @property
     def host_used_count(self) -> int: ...
@@ -352,14 +354,22 @@ class PageMover:
     def written_bytes(self) -> int: ...
 
 class Fetcher:
-    def __init__(self, store: Store, most_frames: int, memory: object = None) -> None: ...
+    def __init__(
+        self, store: Store, most_frames: int, memory: object = None, stream: CopyStream | None = None
+    ) -> None: ...
     def fetch(
-        self, what: str, items: Sequence[tuple[int, int]], *, after: Ticket | None = None, urgent: bool = False
+        self,
+        what: str,
+        items: Sequence[tuple[int, int]],
+        *,
+        after: Ticket | None = None,
+        urgent: bool = False,
+        computed: int = 0,
     ) -> Ticket:
-        """``items``: (page, address that gets its content) each."""
+        """``items``: (page, address that gets its content) each. ``computed``: see CopyStream."""
 
     def fetch_held(
-        self, what: str, items: Sequence[tuple[int, int, int]], *, release: bool, urgent: bool = False
+        self, what: str, items: Sequence[tuple[int, int, int]], *, release: bool, urgent: bool = False, computed: int = 0
     ) -> Ticket:
         """``items``: (page, address that gets its content, frame that is held) each; with ``release`` the holds become
         the fetcher's."""
@@ -380,6 +390,38 @@ class PageSaver:
 
 def copy_bytes(to: int, from_: int, bytes: int) -> None: ...
 def fill_zero(address: int, bytes: int) -> None: ...
+
+# ---- device (csrc/bind/bind_device.cpp) ----
+
+class DeviceError(RuntimeError): ...
+
+class CopyStream:
+    """Copies between host memory and a device that works on its own time, one after the other."""
+
+    def computed(self, stream: int = 0) -> int:
+        """A mark of all work that the computing stream (its runtime's handle) has been given so far."""
+
+    def wait_for(self, computed: int) -> None:
+        """Copies from here on run when that work is done. Uses the mark up."""
+
+    def copy(self, to: int, from_: int, bytes: int) -> None:
+        """By address; from 0: zeros. Neither side is touched by others until a later mark has passed."""
+
+    def mark(self) -> int: ...
+    def passed(self, mark: int) -> bool: ...
+
+class CudaStream(CopyStream):
+    """``runtime``: addresses of libcudart's functions by name."""
+
+    def __init__(self, runtime: Mapping[str, int], device: int) -> None: ...
+
+class LateDevice:
+    """For tests: runs copies late and in any order that is allowed, and finds what is not."""
+
+    def __init__(self, seed: int, most_delay_us: int) -> None: ...
+    def add_stream(self, name: str) -> CopyStream: ...
+    def begin_use(self, start: int, bytes: int, what: str) -> None: ...
+    def end_use(self, start: int, bytes: int) -> None: ...
 
 # ---- heap (csrc/bind/bind_heap.cpp) ----
 

@@ -20,6 +20,8 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
         self.arena_bytes = arena_bytes
         self.read_bytes = 0
+        self.copies_in: native.CopyStream | None = None
+        self.copies_out: native.CopyStream | None = None
         return_freed_blocks()  # of the building of the model and the filling of its pages nothing shall stay
         self._keep_freed_bytes = keep_freed_bytes
         self._kept: native.KeptMemory | None = None
@@ -48,3 +50,21 @@ class CpuDevice:
             return None
         offset = tensor.data_ptr() - self._base
         return offset if 0 <= offset < self.arena_bytes else None
+
+    def use_host_memory(self, address: int, size: int) -> None:
+        """It is the device's own."""
+
+    def begin_use(self, offset: int, size: int, what: str) -> None:
+        """Operations run at once: nothing is ever under way."""
+
+    def end_use(self, offset: int, size: int) -> None:
+        """As above."""
+
+    def computed(self, stream: native.CopyStream) -> int:
+        raise AssertionError(f"{stream}: this device has no streams")
+
+    def synchronize(self) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is under way."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from angelptm.config import Config
-from angelptm.device import CpuDevice
+from angelptm.device import Device, make_device
 from angelptm.engine.commits import Commits
 from angelptm.engine.dtypes import NATIVE_DTYPES, TORCH_DTYPES
 from angelptm.engine.gradients import Gradients
@@ -38,7 +38,7 @@ class Parts:
 
     plan: Plan
     store: native.Store
-    device: CpuDevice
+    device: Device
     pages: PageIds
     catalogue: Catalogue
     fetcher: native.Fetcher
@@ -82,10 +82,11 @@ def assemble(
             durable.disk.sync_names(Path(folder))  # a commit is worth nothing without its slot files
     for note in store.notes:
         _log.info("%s", note)
-    device = CpuDevice(plan.device_frames * plan.page_bytes, config.tiers.keep_freed_bytes)
+    device = make_device(config.device, plan.device_frames * plan.page_bytes, config.tiers.keep_freed_bytes)
+    device.use_host_memory(store.host_address, plan.host_frames * plan.page_bytes)
     pages = allocate_pages(store, plan, device.address(0))
     catalogue = Catalogue(plan, pages)
-    fetcher = native.Fetcher(store, most_frames=plan.fetch_frames, memory=device)
+    fetcher = native.Fetcher(store, most_frames=plan.fetch_frames, memory=device, stream=device.copies_in)
     make_updates = partial(SweptUpdates, update=config.update) if config.update.is_swept else Updates
     updates = make_updates(
         store,
@@ -117,7 +118,7 @@ def assemble(
             keep=config.checkpoint.keep,
             deadline_seconds=deadline_seconds,
         )
-    gradients = Gradients(plan, pages, store, device, grad_dtype, catalogue.name)
+    gradients = Gradients(plan, pages, store, device, grad_dtype, catalogue.name, deadline_seconds)
     leaves = [
         UnitLeaves(unit.layout, model, device, dtype, gradients.has, take_gradient, one_leaf=grad_dtype != dtype)
         for unit in plan.units

@@ -223,6 +223,7 @@ class Engine:
             "Set gradient_clipping, or execution.updates: forward, which updates nothing before step().",
         )
         self._max_norm = max_norm
+        self._gradients.settle()
         return self._gradients.norm()
 
     def _take_gradient(self, unit: int, leaf: int, param: ParamLayout, gradient: torch.Tensor) -> None:
@@ -488,6 +489,7 @@ class Engine:
         The model's parameters stay parked.
         """
         with ExitStack() as last:
+            last.callback(self._device.close)
             last.callback(self._residency.settle)  # fetches for a step that will not come
             last.callback(self._updates.close)
             last.callback(self._hooks.remove)

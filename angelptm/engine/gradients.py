@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import angelptm_native as native
 import torch
@@ -12,11 +14,14 @@ import torch
 from angelptm.device import Device
 from angelptm.engine.dtypes import NATIVE_DTYPES
 from angelptm.engine.loading import loading
+from angelptm.engine.readout import ReadOut
 from angelptm.errors import AngelPTMError
 from angelptm.pages import PageIds
 from angelptm.plan import Plan
 from angelptm.units import ParamLayout, UnitLayout
 from angelptm.units.layout import ALIGN_ELEMENTS
+
+_Callback = Callable[[], None]
 
 
 @dataclass
@@ -38,6 +43,19 @@ class _OpenPage:
     waiting: set[str]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Elements of a parameter on one page: from ``first`` of the unit, at byte ``offset`` of the gradient."""
+
+    page: int
+    first: int
+    count: int
+    offset: int
+    covers_page: bool  # the parameter does
+    ends_page: bool  # the parameter's part of it
+    is_first: bool
+
+
 class Gradients:
     """GRAD pages of all units.
 
@@ -53,6 +71,7 @@ class Gradients:
         device: Device,
         grad_dtype: torch.dtype,
         name_page: Callable[[int], str],
+        deadline_seconds: float,
     ) -> None:
         self._plan = plan
         self._name_page = name_page
@@ -72,11 +91,21 @@ class Gradients:
         # Units can be fetched all the same, as the fetcher's frames are not counted here.
         self._max_open = max(1, plan.staging_frames - plan.fetch_frames)
         self._finite = True
+        self._adds = False  # to what the pages have, in the gradient that is being taken
         self.copy_seconds = 0.0
+        self._under_way = Counter[str]()  # gradients that the device has, by parameter
+        self._readout: ReadOut | None = None
+        if device.copies_out is not None:
+            frames = [self._mover.staging_frame() for _ in range(plan.readout_frames)]
+            self._readout = ReadOut(device, device.copies_out, frames, self._mover.address, deadline_seconds)
 
-    def accumulate(self, unit: int, param: ParamLayout, gradient: torch.Tensor) -> None:
-        """Adds a parameter's gradient of any float dtype; borrows the tensor only during the call."""
-        start = time.perf_counter()
+    def accumulate(
+        self, unit: int, param: ParamLayout, gradient: torch.Tensor, *, before: _Callback, done: _Callback
+    ) -> None:
+        """Adds a parameter's gradient of any float dtype. ``before`` is called before the unit's pages change, ``done``
+        when they have the gradient: both in this call where the device's tensors are the CPU's, else in this one or
+        in a later one, of ``settle`` at the latest.
+        """
         if gradient.layout is not torch.strided:
             raise AngelPTMError(
                 f"parameter {param.name}: its gradient is sparse; only dense gradients are supported. "
@@ -85,32 +114,74 @@ class Gradients:
         source = gradient.contiguous()
         if source.dtype not in NATIVE_DTYPES:
             source = source.float()
-        norms = self._units[unit].norms
-        seen = param.name in norms
-        sums = norms.setdefault(param.name, {})
-        itemsize = self._dtype.itemsize
+        pieces = self._pieces_of(param, source.itemsize)
+        if self._readout is None:
+            for piece in pieces:
+                self._take(unit, param, piece, source.dtype, before, source.data_ptr() + piece.offset)
+            done()
+            return
+        self._under_way[param.name] += 1
+        self._readout.begin()
+        for piece in pieces:
+            take = partial(self._take, unit, param, piece, source.dtype, before)
+            self._readout.read(source, piece.offset, piece.count * source.itemsize, take)
+
+        def taken() -> None:
+            self._under_way[param.name] -= 1
+            done()
+
+        self._readout.then(taken)
+
+    def settle(self) -> None:
+        """Returns when all gradients that came are in their pages."""
+        if self._readout is not None:
+            self._readout.wait()
+
+    def _pieces_of(self, param: ParamLayout, itemsize: int) -> list[_Piece]:
+        """A parameter's elements by page, and no more at once than a frame holds. Each piece but the first begins with
+        a leaf of the norm's tree."""
+        found: list[_Piece] = []
+        most = self._plan.page_bytes // itemsize // native.GRAD_BLOCK * native.GRAD_BLOCK
         for page in range(param.offset // self._page_elements, -(-param.end // self._page_elements)):
-            first = max(param.offset, page * self._page_elements)
-            end = min(param.end, (page + 1) * self._page_elements)
-            covered = first == page * self._page_elements and end == first + self._page_elements
-            address = self._address(unit, page, fresh_is_covered=covered)
-            add = seen or any(start <= first < stop for start, stop in self._units[unit].earlier)
-            leaves, finite = native.accumulate_leaves(
-                address + (first - page * self._page_elements) * itemsize,
-                NATIVE_DTYPES[self._dtype],
-                source.data_ptr() + (first - param.offset) * source.dtype.itemsize,
-                NATIVE_DTYPES[source.dtype],
-                end - first,
-                add,
-                first,
-            )
+            start, stop = page * self._page_elements, (page + 1) * self._page_elements
+            first, end = max(param.offset, start), min(param.end, stop)
+            covered = first == start and end == stop
+            while first < end:
+                until = min(end, first // native.GRAD_BLOCK * native.GRAD_BLOCK + most)
+                offset = (first - param.offset) * itemsize
+                found.append(_Piece(page, first, until - first, offset, covered, until == end, not found))
+                first = until
+        return found
+
+    def _take(
+        self, unit: int, param: ParamLayout, piece: _Piece, dtype: torch.dtype, before: _Callback, source: int
+    ) -> None:
+        """Adds a piece of a gradient that lies at the address ``source``."""
+        start = time.perf_counter()
+        if piece.is_first:
+            before()
+            self._adds = param.name in self._units[unit].norms
+        sums = self._units[unit].norms.setdefault(param.name, {})
+        first, end, page = piece.first, piece.first + piece.count, piece.page
+        address = self._address(unit, page, fresh_is_covered=piece.covers_page)
+        add = self._adds or any(begin <= first < stop for begin, stop in self._units[unit].earlier)
+        leaves, finite = native.accumulate_leaves(
+            address + (first - page * self._page_elements) * self._dtype.itemsize,
+            NATIVE_DTYPES[self._dtype],
+            source,
+            NATIVE_DTYPES[dtype],
+            piece.count,
+            add,
+            first,
+        )
+        # A page begins with a leaf, so none has parts of the parameter on two pages.
+        sums.update(enumerate(leaves, first // native.GRAD_BLOCK))
+        self._finite &= finite
+        if piece.ends_page:
             if self._pages_change_frames and not add:
                 self._clear_gap(address, end, page)
-            # A page begins with a leaf, so none has parts of the parameter on two pages.
-            sums.update(enumerate(leaves, first // native.GRAD_BLOCK))
-            self._finite &= finite
             self._contributed(unit, page, param.name)
-        self._device.read_bytes += source.numel() * source.dtype.itemsize
+        self._device.read_bytes += piece.count * dtype.itemsize
         self.copy_seconds += time.perf_counter() - start
 
     def _clear_gap(self, address: int, end: int, page: int) -> None:
@@ -180,7 +251,7 @@ class Gradients:
 
     def has(self, name: str) -> bool:
         """Whether the parameter has a gradient since the last ``clear``."""
-        return name in self._units[self._unit_of[name]].norms
+        return name in self._units[self._unit_of[name]].norms or self._under_way[name] > 0
 
     def params_with_gradient(self, unit: int) -> set[str]:
         return set(self._units[unit].norms)
@@ -205,6 +276,9 @@ class Gradients:
 
     def clear(self) -> None:
         """Drops all gradients, and the slots they hold."""
+        if self._readout is not None:
+            self._readout.drop()
+        self._under_way.clear()
         for opened in self._open.values():
             self._mover.release(opened.frame)
         self._open.clear()

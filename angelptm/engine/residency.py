@@ -51,6 +51,7 @@ class _State:
     there: tuple[int, ...] = ()
     seen: bool = False
     in_graph: bool = False
+    in_use: bool = False
 
 
 @dataclass
@@ -237,7 +238,9 @@ class Residency:
         if self._swept is not None:
             state.arriving = self._fetch_held(self._swept, unit, what, items, urgent=urgent)
         else:
-            state.arriving = self._fetcher.fetch(what, items, after=self._updates.ticket(unit), urgent=urgent)
+            state.arriving = self._fetcher.fetch(
+                what, items, after=self._updates.ticket(unit), urgent=urgent, computed=self._computed()
+            )
         state.offset = offset
         state.ahead = not urgent
         self.counts.fetches += 1
@@ -267,7 +270,29 @@ class Residency:
         if not changed:
             return None
         copies = [(*items[index], held.frames[index]) for index in changed]
-        return self._fetcher.fetch_held(what, copies, release=passed_on, urgent=urgent)
+        return self._fetcher.fetch_held(what, copies, release=passed_on, urgent=urgent, computed=self._computed())
+
+    def _computed(self) -> int:
+        """A mark of what may still read the frames that a fetch is to write to."""
+        stream = self._device.copies_in
+        return 0 if stream is None else self._device.computed(stream)
+
+    def _use(self, unit: int) -> None:
+        """Operations that read the unit are given to the device from here on."""
+        state = self._units[unit]
+        if not state.in_use:
+            state.in_use = True
+            self._device.begin_use(*self._frames_of(unit), self._plan.units[unit].layout.name)
+
+    def _end_use(self, unit: int) -> None:
+        state = self._units[unit]
+        if state.in_use:
+            state.in_use = False
+            self._device.end_use(*self._frames_of(unit))
+
+    def _frames_of(self, unit: int) -> tuple[int, int]:
+        """First byte and size in the arena."""
+        return self.arena_offset(unit), self._units[unit].frames * self._plan.page_bytes
 
     def _let_go(self, state: _State) -> None:
         """Of the parameters that the unit computed with."""
@@ -338,6 +363,7 @@ class Residency:
     def pin(self, unit: int) -> None:
         """Fetches a unit and places it in its modules, until as many calls of ``unpin``."""
         self.fetch(unit)
+        self._use(unit)
         self._leaves[unit].place(self.arena_offset(unit))
         self._units[unit].pins += 1
 
@@ -347,6 +373,7 @@ class Residency:
         state.pins -= 1
         if state.pins == 0 and not state.in_backward:
             self._leaves[unit].park()
+            self._end_use(unit)
 
     def enter_backward(self, unit: int) -> None:
         """Fetches and places a unit for its backward pass, until ``leave_backward``."""
@@ -355,6 +382,7 @@ class Residency:
         if not state.in_backward:
             state.gradients = 0
         state.in_backward, state.finished = True, False
+        self._use(unit)
         self._leaves[unit].place(self.arena_offset(unit))
 
     def go_on(self) -> None:
@@ -373,15 +401,19 @@ class Residency:
         """Parks every unit that no module is computing with: the backward pass is over."""
         for unit, state in enumerate(self._units):
             state.in_backward = False
-            if state.pins == 0 and self._leaves[unit].placed:
-                self._leaves[unit].park()
+            if state.pins == 0:
+                if self._leaves[unit].placed:
+                    self._leaves[unit].park()
+                self._end_use(unit)
 
     def release_pins(self) -> None:
         """Forgets pins of a forward pass that ended in an exception."""
         for unit, state in enumerate(self._units):
             state.pins = 0
-            if not state.in_backward and self._leaves[unit].placed:
-                self._leaves[unit].park()
+            if not state.in_backward:
+                if self._leaves[unit].placed:
+                    self._leaves[unit].park()
+                self._end_use(unit)
 
     def expire(self, unit: int) -> None:
         """The unit's parameters are about to change: what the arena holds is no longer current."""
@@ -392,6 +424,7 @@ class Residency:
             self._units[unit].in_backward = False
             if self._leaves[unit].placed:
                 self._leaves[unit].park()
+            self._end_use(unit)
         elif not self._on_device[unit]:
             self._evict(unit)
 
@@ -399,6 +432,7 @@ class Residency:
         if self._leaves[unit].placed:
             self._leaves[unit].park()
         state = self._units[unit]
+        self._end_use(unit)
         if state.arriving is not None:
             # Whoever has the frames next must not be written over. What went wrong is for those who use the unit.
             with suppress(Exception):
@@ -485,6 +519,7 @@ class Residency:
                 "forward pass of this graph. Call backward before step, or run the forward pass again."
             )
         self.fetch(saved.unit)
+        self._use(saved.unit)
         start = self.arena_offset(saved.unit) + saved.offset
         return self._device.view(start, saved.shape, saved.stride, saved.dtype)
 

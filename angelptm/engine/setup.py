@@ -137,7 +137,8 @@ def budgets_of(config: Config, buffer_bytes: int = 0) -> Budgets:
         update_threads=None if config.update.threads == "auto" else config.update.threads,
         ring_depth=None if config.update.ring_depth == "auto" else config.update.ring_depth,
         queue_depth=config.io.queue_depth,
-        states_on_device=True,  # where the CPU updates them in place, as it can on the CPU device
+        states_on_device=config.device == "cpu",  # where the CPU updates them in place
+        device_is_apart=config.device != "cpu",
         cores=len(os.sched_getaffinity(0)),
         sweep=_sweep_budget(config),
         commits=None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Stepping:
         self._submitted: set[int] = set()  # by this step
         self._refused: Exception | None = None  # by the commit before, when a backward pass began
         self._options: list[dict[str, Any]] = []  # of the groups, when the step's first unit was updated
+        self._seconds_copied = 0.0
         self.seconds = 0.0
 
     def begin_backward(self, *, step_follows: bool) -> None:
@@ -97,6 +99,7 @@ class Stepping:
 
     def end_backward(self) -> None:
         """To be called after it: what comes from here on is of a pass that the user runs, perhaps one of many."""
+        self._gradients.settle()
         self._early = False
 
     def require_none_begun(self, action: str, remedy: str) -> None:
@@ -109,18 +112,21 @@ class Stepping:
             self._commits.make_room()
 
     def take_gradient(self, unit: int, leaf: int, param: ParamLayout, gradient: torch.Tensor) -> None:
-        """A leaf's gradient is complete."""
-        if unit in self._submitted:
-            self._progress.half_done = f"step {self._progress.global_step + 1}"
-            raise AngelPTMError(
-                f"a gradient of {param.name} came after the update of its unit had begun. {_REMEDY} Parameters and "
-                "states are not those of one step now: load a commit."
-            )
-        self._prepare(unit)
-        start = time.perf_counter()
-        self._gradients.accumulate(unit, param, gradient)
-        self._on_gradient(unit, gradient.numel() * gradient.itemsize, time.perf_counter() - start)
+        """A leaf's gradient is complete, or will be when the device has computed it."""
+        self._require_not_submitted(unit, param)
         self._residency.gradient_came(unit)
+        before = partial(self._prepare, unit, param)
+        done = partial(self._taken, unit, leaf, gradient.numel() * gradient.itemsize)
+        self._seconds_copied = self._gradients.copy_seconds
+        self._gradients.accumulate(unit, param, gradient, before=before, done=done)
+        if self._is_tracing():
+            self._gradients.settle()  # a trace has each gradient where it came
+
+    def _taken(self, unit: int, leaf: int, size: int) -> None:
+        """The unit's pages have a leaf's gradient."""
+        now = self._gradients.copy_seconds
+        self._on_gradient(unit, size, now - self._seconds_copied)
+        self._seconds_copied = now
         came = self._came.setdefault(unit, [])
         came.append(leaf)
         if unit in self._completed:
@@ -131,8 +137,17 @@ class Stepping:
                 self._options = self._current_options()
             self._submit(unit, 1.0)
 
-    def _prepare(self, unit: int) -> None:
+    def _require_not_submitted(self, unit: int, param: ParamLayout) -> None:
+        if unit in self._submitted:
+            self._progress.half_done = f"step {self._progress.global_step + 1}"
+            raise AngelPTMError(
+                f"a gradient of {param.name} came after the update of its unit had begun. {_REMEDY} Parameters and "
+                "states are not those of one step now: load a commit."
+            )
+
+    def _prepare(self, unit: int, param: ParamLayout) -> None:
         """The unit's gradient pages are about to be written to."""
+        self._require_not_submitted(unit, param)
         swept = self._swept
         if swept is None:
             # A leaf whose backward needs no weight comes here without a fetch, which would have waited.
@@ -178,6 +193,7 @@ class Stepping:
                 f"step {step + 1}: options of the optimizer changed between engine.backward and step(), or clipping "
                 f"was asked for, when units had been updated with the former ones. {_REMEDY}"
             )
+        self._gradients.settle()
         self._gradients.flush()
         if not self._gradients.finite:
             late = bool(self._submitted)

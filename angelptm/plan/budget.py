@@ -27,6 +27,7 @@ from angelptm.states.layout import (
 from angelptm.units.layout import UnitLayout
 
 _MIN_STAGING = 2
+_MOST_READOUT_FRAMES = 16
 _AUTO_RING_DEPTH = 3
 _DEEPEST_AUTO_RING = 16
 
@@ -79,6 +80,9 @@ class Budgets:
     """Whether states may take device memory that parameters, all of them living there, leave over."""
     sweep: SweepBudget | None = None
     """Parameters and gradients live on the host then, whatever ``param`` and ``grad`` say."""
+    device_is_apart: bool = False
+    """Whether pages cannot live on the device, being of memory that updating threads do not reach: parameters that
+    would live there live on the host, from where each step brings them anew. Gradients come by way of host frames."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class Plan:
     home_frames: int
     staging_frames: int
     saver_frames: int  # kept by the thread that makes commits
+    readout_frames: int  # through which gradients come from a device that is apart
     ssd_slots: int
     commit_slots: int  # of them: what commits hold beyond what is current
     ssd_slots_by_path: tuple[tuple[str, int, float], ...]
@@ -147,6 +152,11 @@ class Plan:
         grads_on_ssd = any(home == "ssd" for unit in self.units for span in unit.spans for home in span.grad_homes)
         others = self.staging_frames // 2 if grads_on_ssd else min(2, self.staging_frames // 2)
         return max(1, self.staging_frames - others)
+
+    @property
+    def moving_frames(self) -> int:
+        """Host frames that neither live there nor belong to the updater: for what is on its way, to commits too."""
+        return self.staging_frames + self.saver_frames + self.readout_frames
 
     @property
     def update_slots(self) -> int:
@@ -388,7 +398,7 @@ def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool, spare:
         taken = on_ssd[1] or budgets.sweep is not None
         slot = (0 if param_on_device else 1) + (demand.span_grad_pages if taken else 0)
         slot += demand.span_state_pages if on_ssd[2] else 0
-        staging = (_MIN_STAGING if any(on_ssd) or wishes.total[0] else 0) + _saver_frames(budgets)
+        staging = (_MIN_STAGING if any(on_ssd) or wishes.total[0] else 0) + _kept_frames(budgets)
         n, d = threads, depth
         while d > least_depth and n * d * slot + staging + spare > ring_room:
             d -= 1
@@ -403,7 +413,7 @@ def _split_host(budgets: Budgets, demand: _Demand, param_on_device: bool, spare:
     least = split(wishes.with_room(0), 0)
     if budgets.ssd and least.needed_frames <= frames:
         slot = (0 if param_on_device else 1) + demand.span_state_pages + demand.span_grad_pages
-        full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth) + _saver_frames(budgets) + spare
+        full = threads * depth * slot + max(_MIN_STAGING, budgets.queue_depth) + _kept_frames(budgets) + spare
         shared = frames - wishes.fixed_sum
         moving = max(least.needed_frames - wishes.fixed_sum, min(full, shared // 2))
         return _deepened(budgets, demand, split(wishes.with_room(shared - moving), moving), frames)
@@ -458,6 +468,17 @@ def _spare_frames(budgets: Budgets, demand: _Demand, stay: bool) -> int:
 def _saver_frames(budgets: Budgets) -> int:
     """What the thread that makes commits keeps for itself."""
     return 1 if budgets.commits is not None else 0
+
+
+def _readout_frames(budgets: Budgets) -> int:
+    """More of them for a larger pool: what is being copied is what hides the link's latency."""
+    if not budgets.device_is_apart:
+        return 0
+    return max(2, min(_MOST_READOUT_FRAMES, budgets.host_bytes // budgets.page_bytes // 32))
+
+
+def _kept_frames(budgets: Budgets) -> int:
+    return _saver_frames(budgets) + _readout_frames(budgets)
 
 
 def _spread_slots(budgets: Budgets, slots: int, commit_slots: int) -> tuple[tuple[str, int, float], ...]:
@@ -518,10 +539,7 @@ def make_plan(
     fits_device = demand.param_pages <= device_frames
     param_on_device = budgets.param == "device" or (budgets.param == "auto" and fits_device)
     stay = budgets.sweep is not None and fits_device
-    if budgets.sweep is not None:
-        param_on_device = False
-        demand = replace(demand, grad_pages=demand.grad_pages * budgets.sweep.grad_sets)
-    if param_on_device and demand.param_pages > device_frames:
+    if budgets.param == "device" and demand.param_pages > device_frames:
         raise CapacityError(
             "device",
             demand.param_pages * page_bytes,
@@ -529,6 +547,13 @@ def make_plan(
             "keeping all parameters on the device (placement.param: device)",
             f"Raise tiers.device to {_mib(demand.param_pages * page_bytes)}, or set placement.param to auto.",
         )
+    if budgets.device_is_apart and param_on_device:
+        param_on_device = False
+        if budgets.param == "device":
+            budgets = replace(budgets, param="host")
+    if budgets.sweep is not None:
+        param_on_device = False
+        demand = replace(demand, grad_pages=demand.grad_pages * budgets.sweep.grad_sets)
     arena, sizes = _place_arena(shape, sites, budgets)
     spans_on_device = 0
     if budgets.states_on_device and param_on_device and budgets.states == "auto":
@@ -583,8 +608,9 @@ def make_plan(
         write_depth=min(split.depth, budgets.ring_depth or _AUTO_RING_DEPTH),
         ring_frames=split.ring_frames,
         home_frames=home_frames,
-        staging_frames=host_frames - split.ring_frames - home_frames - _saver_frames(budgets) - split.spare,
+        staging_frames=host_frames - split.ring_frames - home_frames - _kept_frames(budgets) - split.spare,
         saver_frames=_saver_frames(budgets),
+        readout_frames=_readout_frames(budgets),
         ssd_slots=slots,
         commit_slots=commit_slots,
         ssd_slots_by_path=_spread_slots(budgets, slots, commit_slots),
@@ -593,7 +619,7 @@ def make_plan(
         spare_frames=split.spare,
         params_stay=stay,
     )
-    needed = plan.ring_frames + plan.home_frames + plan.saver_frames + plan.spare_frames + budgets.queue_depth
+    needed = plan.ring_frames + plan.home_frames + _kept_frames(budgets) + plan.spare_frames + budgets.queue_depth
     if live == 0 and host_frames > needed:
         # Nothing moves to the SSD: the pool needs no more than its pages, so it takes no more.
         plan = replace(plan, host_frames=needed, staging_frames=budgets.queue_depth)

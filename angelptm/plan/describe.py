@@ -14,7 +14,7 @@ def plan_rows(plan: Plan) -> list[dict[str, int | str]]:
         {
             "kind": "on the move",
             "device": arena - on_device if on_device == 0 else 0,
-            "host": (plan.ring_frames + plan.staging_frames + plan.saver_frames) * plan.page_bytes,
+            "host": (plan.ring_frames + plan.moving_frames) * plan.page_bytes,
             "ssd": (plan.ssd_slots - plan.commit_slots) * plan.page_bytes
             - sum(tiers["ssd"] for tiers in plan.kind_bytes.values()),
         }
@@ -40,7 +40,7 @@ def plan_summary(plan: Plan) -> dict[str, object]:
             "frames": plan.host_frames,
             "home_bytes": plan.home_frames * plan.page_bytes,
             "ring_bytes": plan.ring_frames * plan.page_bytes,
-            "staging_bytes": (plan.staging_frames + plan.saver_frames) * plan.page_bytes,
+            "staging_bytes": plan.moving_frames * plan.page_bytes,
         },
         "ssd": {
             "slots": plan.ssd_slots,

@@ -90,7 +90,8 @@ def simulate(
     if not steady:
         last = _mean(ends[-1], ends[-1 - _AVERAGED_STEPS], _AVERAGED_STEPS, last.events)
     page = plan.page_bytes
-    host_frames = plan.home_frames + plan.ring_frames + plan.saver_frames + plan.spare_frames + run.fetcher.peak_frames
+    kept = plan.ring_frames + plan.saver_frames + plan.readout_frames + plan.spare_frames
+    host_frames = plan.home_frames + kept + run.fetcher.peak_frames
     first, second = rank(last.busy, rates.compute_uses_cores)
     return Prediction(
         step_seconds=last.now,

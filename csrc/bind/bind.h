@@ -6,6 +6,7 @@
 namespace angelptm {
 
 void bind_checksum(pybind11::module_& module);
+void bind_device(pybind11::module_& module);
 void bind_heap(pybind11::module_& module);
 void bind_io(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);

@@ -174,6 +174,7 @@ void bind_store(py::module_& module) {
       .def("make_saver", &Store::make_saver, py::keep_alive<0, 1>(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("page_bytes", [](Store& store) { return store.host().page_bytes(); })
       .def_property_readonly("page_count", [](Store& store) { return store.table().page_count(); })
+      .def_property_readonly("host_address", [](Store& store) { return integer(store.host().base()); })
       .def_property_readonly("host_frame_count", [](Store& store) { return store.host().frame_count(); })
       .def_property_readonly("host_used_count", [](Store& store) { return store.host().used_count(); })
       .def_property_readonly("host_peak_count", [](Store& store) { return store.host().peak_count(); })
@@ -223,37 +224,40 @@ void bind_fetcher(py::module_& module) {
   using Release = py::call_guard<py::gil_scoped_release>;
   using pages::Fetcher;
   py::class_<Fetcher>(module, "Fetcher")
-      .def(py::init([](Store& store, std::size_t most_frames, const py::object& /*memory*/) {
+      .def(py::init([](Store& store, std::size_t most_frames, const py::object& /*memory*/,
+                       std::shared_ptr<device::CopyStream> stream) {
              return std::make_unique<Fetcher>(store.table(), store.make_engine(), &store.mover(), most_frames,
-                                              store.options().deadline_seconds);
+                                              store.options().deadline_seconds, std::move(stream));
            }),
            // memory: whatever owns the addresses that are fetched to; it lives as long as the thread that writes there
-           py::arg("store"), py::arg("most_frames"), py::arg("memory") = py::none(), py::keep_alive<1, 2>(),
-           py::keep_alive<1, 4>())
+           py::arg("store"), py::arg("most_frames"), py::arg("memory") = py::none(), py::arg("stream") = nullptr,
+           py::keep_alive<1, 2>(), py::keep_alive<1, 4>())
       // items: [(page, address that gets its content), ...]
       .def(
           "fetch",
           [](Fetcher& fetcher, std::string what, const std::vector<std::pair<PageId, std::uint64_t>>& items,
-             std::shared_ptr<Ticket> after, bool urgent) {
+             std::shared_ptr<Ticket> after, bool urgent, std::uint64_t computed) {
             std::vector<pages::FetchItem> found;
             found.reserve(items.size());
             for (const auto& [page, to] : items) found.push_back({page, reinterpret_cast<std::byte*>(to)});
-            return fetcher.fetch(std::move(what), std::move(found), std::move(after), urgent);
+            return fetcher.fetch(std::move(what), std::move(found), std::move(after), urgent, computed);
           },
           py::arg("what"), py::arg("items"), py::kw_only(), py::arg("after") = nullptr, py::arg("urgent") = false,
-          Release())
+          py::arg("computed") = 0, Release())
       // The same from frames that the caller holds: [(page, address, frame), ...]. With `release` the holds go with it.
       .def(
           "fetch_held",
           [](Fetcher& fetcher, std::string what,
-             const std::vector<std::tuple<PageId, std::uint64_t, pages::Frame>>& items, bool release, bool urgent) {
+             const std::vector<std::tuple<PageId, std::uint64_t, pages::Frame>>& items, bool release, bool urgent,
+             std::uint64_t computed) {
             std::vector<pages::FetchItem> found;
             found.reserve(items.size());
             for (const auto& [page, to, frame] : items)
               found.push_back({page, reinterpret_cast<std::byte*>(to), frame, release});
-            return fetcher.fetch(std::move(what), std::move(found), nullptr, urgent);
+            return fetcher.fetch(std::move(what), std::move(found), nullptr, urgent, computed);
           },
-          py::arg("what"), py::arg("items"), py::kw_only(), py::arg("release"), py::arg("urgent") = false, Release())
+          py::arg("what"), py::arg("items"), py::kw_only(), py::arg("release"), py::arg("urgent") = false,
+          py::arg("computed") = 0, Release())
       .def("read_ahead", &Fetcher::read_ahead, py::arg("pages"), Release())
       .def("let_go", &Fetcher::let_go, Release())
       .def_property_readonly("totals", [](const Fetcher& fetcher) {

@@ -5,6 +5,7 @@ PYBIND11_MODULE(angelptm_native, module) {
   module.doc() =
       "Native core of AngelPTM: I/O engine, kernels, pages, updater. Works on addresses; links neither torch nor CUDA.";
   angelptm::bind_checksum(module);
+  angelptm::bind_device(module);
   angelptm::bind_heap(module);
   angelptm::bind_io(module);
   angelptm::bind_kernels(module);

@@ -15,6 +15,8 @@ namespace {
 
 // While reads are under way the thread looks this often for what else it could do: a fetch, a loan.
 constexpr std::chrono::microseconds kLook{300};
+// And this often for copies that the device makes.
+constexpr std::chrono::microseconds kLookAtDevice{20};
 // And this often for a staging frame, when the others hold all of them.
 constexpr std::chrono::milliseconds kLookForFrame{1};
 
@@ -25,12 +27,13 @@ double seconds_since(io::Clock::time_point start) {
 }  // namespace
 
 Fetcher::Fetcher(PageTable& table, std::unique_ptr<io::Engine> engine, PageMover* mover, std::size_t most_frames,
-                 double deadline_seconds)
+                 double deadline_seconds, std::shared_ptr<device::CopyStream> stream)
     : table_(table),
       engine_(std::move(engine)),
       mover_(mover),
       most_frames_(most_frames),
-      deadline_seconds_(deadline_seconds) {
+      deadline_seconds_(deadline_seconds),
+      stream_(std::move(stream)) {
   if (most_frames_ == 0) throw std::invalid_argument("a fetcher needs at least one staging frame");
   last_answer_ = io::Clock::now();
   thread_ = std::thread([this] {
@@ -65,7 +68,7 @@ void Fetcher::reap_all() {
 }
 
 std::shared_ptr<Ticket> Fetcher::fetch(std::string what, std::vector<FetchItem> items, std::shared_ptr<Ticket> after,
-                                       bool urgent) {
+                                       bool urgent, device::CopyStream::Mark computed) {
   for (const FetchItem& item : items) (void)table_.info(item.page);  // std::out_of_range before anything is queued
   auto ticket = std::make_shared<Ticket>(std::move(what), items.size());
   if (items.empty()) return ticket;
@@ -78,7 +81,8 @@ std::shared_ptr<Ticket> Fetcher::fetch(std::string what, std::vector<FetchItem> 
       }
       return ticket;
     }
-    requests_.insert(urgent ? requests_.begin() : requests_.end(), Request{ticket, std::move(after), std::move(items)});
+    requests_.insert(urgent ? requests_.begin() : requests_.end(), 
+                     Request{ticket, std::move(after), std::move(items), computed});
     ++changes_;
   }
   wake_.notify_all();
@@ -180,6 +184,14 @@ void Fetcher::run() {
     if (drop_failed(lock)) continue;
     const bool starved = start_reads(lock);
     if (copy_one(lock)) continue;
+    if (!copying_.empty()) {
+      settle_copies(lock);
+      if (changes_ != seen || copying_.empty()) continue;
+      if (engine_->unfinished() == 0) {
+        wake_.wait_for(lock, kLookAtDevice);
+        continue;
+      }
+    }
     if (engine_->unfinished() > 0) {
       reap(lock);
       continue;
@@ -203,6 +215,7 @@ void Fetcher::run() {
   }
   while (!requests_.empty())
     fail(requests_.begin(), std::make_exception_ptr(std::runtime_error("the fetcher was closed")), lock);
+  if (!broken_) wait_for_copies(lock);
 }
 
 // An update that failed publishes nothing: whoever waits for it learns why.
@@ -321,7 +334,8 @@ bool Fetcher::copy_one(Lock& lock) {
       const bool at_hand = request->items[i].held != kNoFrame ||
                            (loan != loans_.end() && loan->second.version >= info.expected) ||
                            (info.version >= info.expected && (info.home == Home::kHost || !info.written)) ||
-                           (held != held_.end() && !held->second.reading && is_current(held->second.info, info));
+                           (held != held_.end() && !held->second.reading && !held->second.in_use &&
+                            is_current(held->second.info, info));
       // An update that failed since drop_failed looked has set its error first, and then made the former version do.
       if (!at_hand || (request->after && request->after->error())) continue;
       copy(request, i, lock);
@@ -348,40 +362,104 @@ void Fetcher::copy(Requests::iterator request, std::size_t index, Lock& lock) {
   if (lent) ++loan->second.readers;
   if (from_frame) held->second.in_use = true;
   const PageInfo read_from = from_frame ? held->second.info : info;
+  const device::CopyStream::Mark computed = std::exchange(request->computed, 0);
+  device::CopyStream::Mark mark = 0;
   // Only this thread removes requests, so the iterator holds.
   lock.unlock();
   const auto start = io::Clock::now();
   timeline::end(timeline::What::kWaitIo, std::exchange(waiting_since_, {}), 0, 0);
   std::exception_ptr error;
+  bool device_failed = false;
+  const auto recorded = timeline::begin();
   try {
     if (unchecked) {
       const timeline::Scope scope(timeline::What::kCheck, item.page, info.used_bytes);
       check(table_, item.page, read_from, from);
     }
-    const timeline::Scope scope(timeline::What::kCopy, item.page, info.used_bytes);
-    if (from != nullptr)
-      std::memcpy(item.to, from, info.used_bytes);
-    else
-      std::memset(item.to, 0, info.used_bytes);
+    if (stream_ != nullptr) {
+      device_failed = true;  // unless it goes well
+      stream_->wait_for(computed);
+      stream_->copy(item.to, from, info.used_bytes);
+      mark = stream_->mark();
+      device_failed = false;
+    } else {
+      const timeline::Scope scope(timeline::What::kCopy, item.page, info.used_bytes);
+      if (from != nullptr)
+        std::memcpy(item.to, from, info.used_bytes);
+      else
+        std::memset(item.to, 0, info.used_bytes);
+    }
   } catch (...) {
     error = std::current_exception();
   }
   const double seconds = seconds_since(start);
   lock.lock();
   totals_.copy_seconds += seconds;
-  if (lent && --loans_.at(item.page).readers == 0) returned_.notify_all();
-  if (from_frame) drop(item.page, lock);
+  if (device_failed) {
+    if (lent) give_back_source({item.page, item.to}, true, false, lock);
+    break_down(error, lock);
+    return;
+  }
   if (error) {
+    give_back_source({item.page, item.to}, lent, from_frame, lock);  // what is held goes with the request
     fail(request, error, lock);
     return;
   }
-  let_go_of(item);
   totals_.copied_bytes += info.used_bytes;
   if (handed_over) totals_.handed_over_bytes += info.used_bytes;
   request->items.erase(request->items.begin() + static_cast<std::ptrdiff_t>(index));
   const auto ticket = request->ticket;
   if (request->items.empty()) requests_.erase(request);
+  if (stream_ != nullptr) {
+    copying_.push_back({ticket, item, lent, from_frame, mark, start, recorded});
+    return;
+  }
+  give_back_source(item, lent, from_frame, lock);
   ticket->finish_part();
+}
+
+// Nobody reads it any more.
+void Fetcher::give_back_source(const FetchItem& item, bool lent, bool from_frame, Lock& lock) {
+  if (lent && --loans_.at(item.page).readers == 0) returned_.notify_all();
+  if (from_frame) drop(item.page, lock);
+  let_go_of(item);
+}
+
+// Copies that the device has made.
+void Fetcher::settle_copies(Lock& lock) {
+  while (!copying_.empty() && !broken_) {
+    const device::CopyStream::Mark mark = copying_.front().mark;
+    std::exception_ptr error;
+    bool passed = false;
+    lock.unlock();
+    try {
+      passed = stream_->passed(mark);
+    } catch (const device::DeviceError&) {
+      error = std::current_exception();
+    }
+    lock.lock();
+    const Copying& first = copying_.front();  // which only this thread removes
+    if (!error && !passed && seconds_since(first.began) > deadline_seconds_)
+      error = std::make_exception_ptr(DeadlineError("waited " + std::to_string(deadline_seconds_) +
+                                                    " s for a copy of a page to the device"));
+    if (error) {
+      break_down(error, lock);
+      return;
+    }
+    if (!passed) return;
+    timeline::end(timeline::What::kCopy, first.recorded, first.item.page, table_.info(first.item.page).used_bytes);
+    give_back_source(first.item, first.lent, first.from_frame, lock);
+    first.ticket->finish_part();
+    copying_.pop_front();
+    ++changes_;
+  }
+}
+
+void Fetcher::wait_for_copies(Lock& lock) {
+  while (!copying_.empty() && !broken_) {
+    settle_copies(lock);
+    wake_.wait_for(lock, kLookAtDevice);
+  }
 }
 
 void Fetcher::reap(Lock& lock) {
@@ -390,7 +468,7 @@ void Fetcher::reap(Lock& lock) {
   std::vector<io::Outcome> outcomes;
   std::exception_ptr error;
   try {
-    engine_->reap_some(outcomes, 1, io::Clock::now() + kLook);
+    engine_->reap_some(outcomes, 1, io::Clock::now() + (copying_.empty() ? kLook : kLookAtDevice));
     if (outcomes.empty() && seconds_since(last_answer_) > deadline_seconds_)
       engine_->reap(outcomes, 1, io::Clock::now());  // throws, and names what does not come
   } catch (const io::IoError&) {
@@ -423,10 +501,15 @@ void Fetcher::settle(const io::Outcome& outcome, Lock& lock) {
   }
 }
 
-// The frames stay with the kernel; whoever asks from here on is told.
+// The frames stay with the kernel or the device; whoever asks from here on is told.
 void Fetcher::break_down(std::exception_ptr error, Lock& lock) {
   if (!broken_) broken_ = std::move(error);
   while (!requests_.empty()) fail(requests_.begin(), broken_, lock);
+  for (const Copying& one : copying_) {
+    // The updater's loan ends, whatever the device still reads: nobody will look at what it copied.
+    if (one.lent) give_back_source({one.item.page, one.item.to}, true, false, lock);
+    one.ticket->finish_part(broken_);
+  }
   ahead_.clear();
 }
 

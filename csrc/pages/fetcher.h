@@ -16,6 +16,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "device/copy_stream.h"
 #include "io/engine.h"
 #include "pages/page_mover.h"
 #include "pages/page_table.h"
@@ -44,14 +45,17 @@ struct FetchTotals {
 class Fetcher {
  public:
   // `mover`, which lives longer, is asked to free the frames of writes that are done when no other frame is left.
+  // `stream`: what copies to a device that works on its own time; null where the thread copies itself.
   Fetcher(PageTable& table, std::unique_ptr<io::Engine> engine, PageMover* mover, std::size_t most_frames,
-          double deadline_seconds);
-  ~Fetcher();  // what is queued fails; waits (bounded) for the kernel to let go of the frames
+          double deadline_seconds, std::shared_ptr<device::CopyStream> stream = nullptr);
+  // What is queued fails; waits (bounded) for the kernel and the device to let go of the frames.
+  ~Fetcher();
 
   // Queues the copy of pages. `after`: the update that publishes them, or null; its error becomes the fetch's. `urgent`
-  // goes before what is queued. The ticket's errors: CorruptPage, IoError, the update's.
+  // goes before what is queued. `computed`: the stream's mark of the work that may still read what lies there now. The
+  // ticket's errors: CorruptPage, IoError, DeviceError, the update's.
   std::shared_ptr<Ticket> fetch(std::string what, std::vector<FetchItem> items, std::shared_ptr<Ticket> after,
-                                bool urgent);
+                                bool urgent, device::CopyStream::Mark computed = 0);
   // Reads pages into free staging frames, in this order, for fetches to come. A hint: what no frame is left for, or an
   // update replaces, is dropped. Replaces what the last call asked for and is not begun.
   void read_ahead(const std::vector<PageId>& pages);
@@ -74,6 +78,15 @@ class Fetcher {
   struct Request {
     std::shared_ptr<Ticket> ticket, after;
     std::vector<FetchItem> items;  // that are still to be copied
+    device::CopyStream::Mark computed = 0;  // that the stream has not been told to wait for
+  };
+  struct Copying {  // on the stream
+    std::shared_ptr<Ticket> ticket;
+    FetchItem item;
+    bool lent, from_frame;  // what the source is, and so who is told of the end
+    device::CopyStream::Mark mark;
+    io::Clock::time_point began;
+    io::Clock::time_point recorded;  // while a timeline is
   };
   struct Held {  // content of an SSD page in a staging frame, being read or there
     Frame frame;
@@ -97,6 +110,9 @@ class Fetcher {
   std::optional<Frame> frame_now(bool evict, Lock& lock);
   bool copy_one(Lock& lock);
   void copy(Requests::iterator request, std::size_t index, Lock& lock);
+  void give_back_source(const FetchItem& item, bool lent, bool from_frame, Lock& lock);
+  void settle_copies(Lock& lock);
+  void wait_for_copies(Lock& lock);
   void reap(Lock& lock);
   void settle(const io::Outcome& outcome, Lock& lock);
   void reap_all();
@@ -122,6 +138,8 @@ class Fetcher {
   std::deque<PageId> ahead_;
   std::unordered_map<PageId, Held> held_;
   std::unordered_map<PageId, Loan> loans_;
+  std::shared_ptr<device::CopyStream> stream_;
+  std::deque<Copying> copying_;
   io::Clock::time_point last_answer_;
   io::Clock::time_point waiting_since_{};  // for a read, with nothing else to do; while a timeline is recorded
   std::exception_ptr broken_;              // the device does not answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ EVERYTHING_ON_SSD = {"param": "ssd", "grad": "ssd", "states": "ssd"}
 def tight_config(model: nn.Module, folder: Path, *, device: int = 0, **keys: Any) -> Config:
     """The smallest device budget that the plan accepts, page by page, and the host budget that its refusal asks for.
 
-    ``device``: at least so much of it. ``keys`` are those of the configuration; all pages live on the SSD unless
+    ``device``: at least so much of it. ANGELPTM_TEST_DEVICE is the device, cpu if not set. ``keys`` are those of the configuration; all pages live on the SSD unless
     ``placement`` says otherwise.
     """
     content: dict[str, Any] = {"page_size": PAGE, "placement": EVERYTHING_ON_SSD} | keys
     content.setdefault("optimizer", {"lr": 1e-2})
+    content.setdefault("device", os.environ.get("ANGELPTM_TEST_DEVICE", "cpu"))
     budgets = {"device": max(device, content["page_size"]), "host": content["page_size"]}
     while True:
         config = load_config({**content, "tiers": {**budgets, "ssd": [{"path": str(folder / "pages")}]}})
