@@ -216,7 +216,8 @@ class NumpyRecord(_Part):
 
 
 class RngRecord(_Part):
-    """States of the generators of Python's random, numpy and torch; the last one as base64 of ``get_rng_state()``."""
+    """States of the generators of Python's random, numpy and torch; the last one as base64 of ``get_rng_state()``.
+    ``device``: that of the GPU, as base64 of ``torch.cuda.get_rng_state()``, where the run computed on one."""
 
     python: Annotated[
         tuple[
@@ -228,6 +229,7 @@ class RngRecord(_Part):
     ]
     numpy: NumpyRecord
     torch: Annotated[str, Field(max_length=2**20), AfterValidator(_checked_base64)]
+    device: Annotated[str, Field(max_length=2**20), AfterValidator(_checked_base64)] | None = None
 
     @model_validator(mode="after")
     def _position(self) -> RngRecord:

@@ -63,6 +63,12 @@ class CpuDevice:
     def computed(self, stream: native.CopyStream) -> int:
         raise AssertionError(f"{stream}: this device has no streams")
 
+    def generator_state(self) -> torch.Tensor | None:
+        return None
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        """A GPU's says nothing here."""
+
     def synchronize(self) -> None:
         """Nothing is under way."""
 

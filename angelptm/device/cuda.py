@@ -126,6 +126,13 @@ class CudaDevice:
     def computed(self, stream: native.CopyStream) -> int:
         return stream.computed(torch.cuda.current_stream(self.torch_device).cuda_stream)
 
+    def generator_state(self) -> torch.Tensor | None:
+        return torch.cuda.get_rng_state(self.torch_device)
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        if state.numel() == torch.cuda.get_rng_state(self.torch_device).numel():
+            torch.cuda.set_rng_state(state, self.torch_device)
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 

@@ -85,6 +85,7 @@ class Durability:
                 f"save_checkpoint: {save_dir} is not checkpoint.folder ({self._parts.commits.folder}). A commit stays "
                 "where the pages are; `angelptm checkpoint copy` copies one to another folder or drive."
             )
+        self._parts.gradients.settle()
         if any(self._parts.gradients.params_with_gradient(unit) for unit in range(len(self._parts.leaves))):
             raise AngelPTMError(
                 "save_checkpoint: there are gradients that no step has taken. Commit after step(), or drop them with "
@@ -94,6 +95,7 @@ class Durability:
         durable = self._parts.commits.durable
         header = make_header(
             plan=self._parts.plan,
+            device=self._parts.device,
             module=self._module,
             store_id=durable.store_id,
             files=list(zip(durable.files, self._parts.store.slot_counts)),
@@ -198,7 +200,7 @@ class Durability:
             self._progress.steps_of[name] = header.optimizer.steps.get(name, 0)
         self._progress.global_step = header.step
         if header.rng is not None:
-            set_generator_states(header.rng)
+            set_generator_states(header.rng, self._parts.device)
         if restore_groups(self._optimizer.param_groups, header.optimizer.groups):
             return []
         return ["the parameter groups differ from the commit's: they keep what the config says"]

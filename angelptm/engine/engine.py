@@ -96,6 +96,7 @@ class Engine:
                 self._fill(model)
             else:
                 self._fill_from(Path(resume), resume_step)
+            _move_buffers(model, self._device.torch_device)
             self._device.begin_steps()
             undo.pop_all()
 
@@ -109,9 +110,7 @@ class Engine:
             checkpoint_blocks(self.module, structure)
         scheduler = Scheduler(structure.sites, parts.pages, parts.residency, parts.updates, parts.fetcher)
         compute_dtype = TORCH_DTYPES[self.config.precision]
-        self._hooks = Hooks(
-            self.module, structure.sites, self._residency, compute_dtype, scheduler, self._device.look_at_memory
-        )
+        self._hooks = Hooks(self.module, structure.sites, self._residency, compute_dtype, scheduler, self._device)
         self._traffic = Traffic(self._store, self._device, self._updates, parts.fetcher, self._commits)
         parked = {name: self._leaves[unit].parked[name] for name, (unit, _) in self._params.items()}
         self.optimizer = PagedOptimizer(
@@ -149,6 +148,11 @@ class Engine:
         """The global gradient norm before clipping at the last step; None when nothing asked for it."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes. Inputs of the model are moved there."""
+        return self._device.torch_device
+
+    @property
     def global_step(self) -> int:
         """Optimizer steps taken, those of the runs that this one goes on from included."""
         return self._progress.global_step
@@ -174,7 +178,7 @@ class Engine:
     # The training loop.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward. In bf16, floating-point inputs are cast."""
+        """The model's forward. Inputs are moved to the device; in bf16, floating-point ones are cast."""
         return self.module(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -499,6 +503,13 @@ class Engine:
                 last.callback(self._commits.close)
             self._updates.prepare_close()
             self._updates.drain()
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            if value is not None and value.device != device:
+                module._buffers[name] = value.to(device)
 
 
 def initialize(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from angelptm.device import Device
 from angelptm.engine.residency import Residency, SavedParameter
 from angelptm.engine.scheduler import Scheduler
 from angelptm.engine.tracing import Tracer
@@ -88,13 +89,13 @@ class Hooks:
         residency: Residency,
         compute_dtype: torch.dtype,
         scheduler: Scheduler,
-        look_at_memory: Callable[[], None],
+        device: Device,
     ) -> None:
-        """``look_at_memory``: Device.look_at_memory, called at every use."""
+        """Inputs of the model are moved to ``device``."""
         self.model = model
         self._residency = residency
         self._scheduler = scheduler
-        self._look_at_memory = look_at_memory
+        self._device = device
         self.tracer: Tracer | None = None
         """Told of every use while a step is traced."""
         self.timeline: Watcher | None = None
@@ -178,10 +179,11 @@ class Hooks:
 
     def _come_to(self, index: int, phase: str) -> None:
         self._at = None
-        self._look_at_memory()
+        self._device.look_at_memory()
         if phase == "forward" and not torch.is_grad_enabled():
             return  # an evaluation
         if self.tracer is not None:
+            self._device.synchronize()  # what a use takes is what passes till the next one
             self.tracer.enter(index, phase)
         if self.timeline is not None:
             self.timeline.enter(index, phase)
@@ -230,14 +232,17 @@ class Hooks:
             self._residency.release_pins()
         self._depth += 1
         self._open_saving()
-        if self._compute_dtype is torch.float32:
+        target = self._device.torch_device
+        if self._compute_dtype is torch.float32 and target.type == "cpu":
             return args, kwargs
 
-        def cast(value: Any) -> Any:
-            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-            return value.to(self._compute_dtype) if floating else value
+        def moved(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            cast = value.is_floating_point() and self._compute_dtype is not torch.float32
+            return value.to(target, self._compute_dtype if cast else value.dtype)
 
-        return torch.utils._pytree.tree_map(cast, (args, kwargs))  # type: ignore[no-any-return]
+        return torch.utils._pytree.tree_map(moved, (args, kwargs))  # type: ignore[no-any-return]
 
     def _leave_model(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         if self._depth == 0:

@@ -15,6 +15,7 @@ import angelptm_native as native
 import torch
 
 from angelptm import kernels
+from angelptm.device import Device
 from angelptm.engine.dtypes import NATIVE_DTYPES
 from angelptm.plan import NOMINAL_RATES, Plan, Rates
 from angelptm.plan.transfers import transfers_of
@@ -29,6 +30,8 @@ _CORE_SECONDS = 0.02  # for each rate that is measured on a core
 _ROUNDS, _TURN_SECONDS = 5, 0.025
 _LEAST_WATCHED_SECONDS = 0.1
 _MATMUL_ROWS, _MATMUL_SIZE = 256, 1024
+_GPU_MATMUL_SIZE = 4096
+_COPIES = 8  # at once, of a page each
 _MOST_SCRATCH_ELEMENTS = 1 << 19  # 10 MiB of scratch memory: more than a core's own caches
 # For what no transfer of this run ever meets, or when the drive gave no answer.
 _NOMINAL_DRIVE = {
@@ -62,6 +65,7 @@ class DriveWatch:
 def measure_rates(
     store: native.Store,
     plan: Plan,
+    device: Device,
     *,
     rule: native.Rule,
     grad_dtype: torch.dtype,
@@ -92,22 +96,48 @@ def measure_rates(
     kernel_seconds = _least_seconds(scratch.step) / elements
     # What lives on the SSD is checked when it has come, and sealed before it is written.
     checked_bytes = 2 * states_staged + old_params_staged + plan.param_itemsize * params_staged
-    copy_seconds = _least_seconds(scratch.copy) / (elements * 4)
-    sharing = _sharing(store, plan, _matmul(param_dtype), scratch.update)
+    if device.copies_in is not None and device.copies_out is not None:
+        in_seconds = _link_seconds(device, device.copies_in, store, inward=True)
+        out_seconds = _link_seconds(device, device.copies_out, store, inward=False)
+    else:
+        in_seconds = out_seconds = _least_seconds(scratch.copy) / (elements * 4)
+    sharing = _sharing(store, plan, _matmul(param_dtype, device), scratch.update)
     return Rates(
         ssd_read_bytes_per_s=drive["read_bytes_per_s"],
         ssd_write_bytes_per_s=drive["write_bytes_per_s"],
         ssd_mixed_bytes_per_s=drive["mixed_bytes_per_s"],
         ssd_latency_seconds=drive["latency_seconds"],
-        host_to_device_bytes_per_s=1 / (copy_seconds + check_seconds * params_staged),
-        device_to_host_bytes_per_s=1 / copy_seconds,
+        host_to_device_bytes_per_s=1 / (in_seconds + check_seconds * params_staged),
+        device_to_host_bytes_per_s=1 / out_seconds,
         update_elements_per_s=1 / (kernel_seconds + check_seconds * checked_bytes),
         gradient_bytes_per_s=elements * param_dtype.itemsize / _least_seconds(scratch.accumulate),
         cores=len(os.sched_getaffinity(0)),
-        compute_uses_cores=True,
+        compute_uses_cores=device.torch_device.type == "cpu",
         compute_threads=torch.get_num_threads(),
         **vars(sharing),
     )
+
+
+def _link_seconds(device: Device, stream: native.CopyStream, store: native.Store, *, inward: bool) -> float:
+    """Seconds of a byte between a host frame and memory of the device, one copy after the other."""
+    mover = store.mover
+    frame = mover.staging_frame()
+    try:
+        size = store.page_bytes
+        there = torch.empty(size, dtype=torch.uint8, device=device.torch_device)
+        here, far = mover.address(frame), there.data_ptr()
+        stream.wait_for(device.computed(stream))
+
+        def move() -> None:
+            for _ in range(_COPIES):
+                stream.copy(far if inward else here, here if inward else far, size)
+            mark = stream.mark()
+            while not stream.passed(mark):
+                pass
+
+        return _least_seconds(move) / (size * _COPIES)
+    finally:
+        mover.release(frame)
 
 
 def _uses_drive(plan: Plan) -> bool:
@@ -202,21 +232,24 @@ class _Scratch:
         kernels.accumulate(self._grad, self._param, add=False)
 
 
-def compute_speed(dtype: torch.dtype) -> float:
+def compute_speed(dtype: torch.dtype, device: Device) -> float:
     """How fast computing is now: of a measure of its own, to be compared with ``Rates.compute_per_s``."""
-    compute = _matmul(dtype)
+    compute = _matmul(dtype, device)
     compute()
     return statistics.median(_per_second(compute, _TURN_SECONDS) for _ in range(3))
 
 
-def _matmul(dtype: torch.dtype) -> Callable[[], None]:
+def _matmul(dtype: torch.dtype, device: Device) -> Callable[[], None]:
     """Computing as models do: most of their time is in products of matrices."""
-    left = torch.zeros(_MATMUL_ROWS, _MATMUL_SIZE, dtype=dtype)
-    right = torch.zeros(_MATMUL_SIZE, _MATMUL_SIZE, dtype=dtype)
-    out = torch.zeros(_MATMUL_ROWS, _MATMUL_SIZE, dtype=dtype)
+    where = device.torch_device
+    rows, size = (_MATMUL_ROWS, _MATMUL_SIZE) if where.type == "cpu" else (_GPU_MATMUL_SIZE, _GPU_MATMUL_SIZE)
+    left = torch.zeros(rows, size, dtype=dtype, device=where)
+    right = torch.zeros(size, size, dtype=dtype, device=where)
+    out = torch.zeros(rows, size, dtype=dtype, device=where)
 
     def act() -> None:
         torch.mm(left, right, out=out)
+        device.synchronize()
 
     return act
 

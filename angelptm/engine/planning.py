@@ -109,7 +109,7 @@ class Planning:
             return
         traced = self._tracer.end_step(0, {})
         self._parts.updates.drain()
-        self._speeds.append(compute_speed(self._parts.dtype))
+        self._speeds.append(compute_speed(self._parts.dtype, self._parts.device))
         trace = self._tracer.trace
         if traced and trace is not None and self._tracer.steps >= TRACED_STEPS:
             self.rates = self._measure()
@@ -137,6 +137,7 @@ class Planning:
         return measure_rates(
             self._parts.store,
             self._parts.plan,
+            self._parts.device,
             rule=RULES[self._config.optimizer.type],
             grad_dtype=TORCH_DTYPES[grad_precision(self._config)],
             param_dtype=self._parts.dtype,

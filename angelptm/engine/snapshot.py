@@ -25,6 +25,7 @@ from angelptm.checkpoint.header import (
     RngRecord,
     units_from_layouts,
 )
+from angelptm.device import Device
 from angelptm.errors import AngelPTMError, CheckpointError
 from angelptm.plan import Plan
 from angelptm.version import __version__
@@ -47,6 +48,7 @@ def state_of(what: Stateful | Mapping[str, Any] | None) -> dict[str, Any] | None
 def make_header(
     *,
     plan: Plan,
+    device: Device,
     module: nn.Module,
     store_id: str,
     files: Sequence[tuple[str, int]],
@@ -89,7 +91,7 @@ def make_header(
                 ),
             ),
             scheduler=to_json(scheduler),
-            rng=generator_states(),
+            rng=generator_states(device),
             data=to_json(data),
             model=_model_config(module),
             client=to_json(client),
@@ -146,8 +148,8 @@ def _model_config(module: nn.Module) -> Any:
     return {**content, "architectures": architectures}
 
 
-def generator_states() -> RngRecord:
-    """Of Python's, numpy's and torch's global generators."""
+def generator_states(device: Device) -> RngRecord:
+    """Of Python's, numpy's and torch's global generators, and the device's own."""
     version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return RngRecord(
@@ -158,8 +160,17 @@ def generator_states() -> RngRecord:
             has_gauss=int(has_gauss),
             cached_gaussian=float(cached),
         ),
-        torch=base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii"),
+        torch=_as_text(torch.get_rng_state()),
+        device=None if (own := device.generator_state()) is None else _as_text(own),
     )
+
+
+def _as_text(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _from_text(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def check_generator_states(states: RngRecord, path: str) -> None:
@@ -173,8 +184,11 @@ def check_generator_states(states: RngRecord, path: str) -> None:
         raise CheckpointError(path, f"a torch generator that torch refuses ({error})", "a valid state") from error
 
 
-def set_generator_states(states: RngRecord) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(states.torch)), dtype=torch.uint8))
+def set_generator_states(states: RngRecord, device: Device) -> None:
+    """A device that had no part in the run before keeps the state that its generator has."""
+    torch.set_rng_state(_from_text(states.torch))
+    if states.device is not None:
+        device.set_generator_state(_from_text(states.device))
     random.setstate((states.python[0], states.python[1], states.python[2]))
     numpy = states.numpy
     np.random.set_state(

@@ -331,6 +331,7 @@ def _sample(engine: Engine, batches: TokenBatches, config: Config, reporter: Rep
     if config.training.sample_prompt is not None:
         prompt = torch.tensor([tokenizer.encode_text(config.training.sample_prompt)])
     longest = getattr(engine.module.config, "max_position_embeddings", None) or 2**31
+    prompt = prompt.to(engine.device)
     engine.drain()
     engine.module.eval()
     with reporter.working("writing a sample"), torch.random.fork_rng(devices=[]):

@@ -7,7 +7,7 @@ namespace angelptm::device {
 namespace {
 
 constexpr int kSuccess = 0, kNotReady = 600;
-constexpr int kMemcpyDefault = 4;          // the addresses tell the direction
+constexpr int kMemcpyDefault = 4;           // the addresses tell the direction
 constexpr unsigned kStreamNonBlocking = 1;  // not ordered with the default stream
 constexpr unsigned kEventDisableTiming = 2;
 

@@ -80,7 +80,8 @@ std::shared_ptr<CopyStream> LateDevice::add_stream(std::string name) {
 }
 
 LateDevice::Clock::time_point LateDevice::later() {
-  return Clock::now() + std::chrono::microseconds(std::uniform_int_distribution<std::uint32_t>(0, most_delay_us_)(random_));
+  return Clock::now() +
+         std::chrono::microseconds(std::uniform_int_distribution<std::uint32_t>(0, most_delay_us_)(random_));
 }
 
 void LateDevice::wrong(const std::string& what) {

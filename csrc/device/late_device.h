@@ -1,5 +1,5 @@
-// A device for tests: host memory, with the manners of a GPU. Copies run late, on a thread of its own, those of different
-// streams in any order that the engine's waits allow; and what no wait puts in order is found and named.
+// A device for tests: host memory, with the manners of a GPU. Copies run late, on a thread of its own, those of
+// different streams in any order that the engine's waits allow; and what no wait puts in order is found and named.
 #pragma once
 
 #include <condition_variable>
@@ -20,9 +20,10 @@ class LateStream;
 
 // Computing runs at once, but what it has been given counts as done only a while later. A range of the arena is *in
 // use* from begin_use to end_use; what the kernels of that time read is safe to write to when a mark of computed() that
-// was made after end_use has passed. Found are: use of a range that a copy is still to be made to; a copy to a range that
-// is in use, or may be read by kernels whose end the copy's stream does not wait for; a copy whose source changed before
-// it ran, having been freed or written to. Each is thrown, as DeviceError, by the next call of the stream or the device.
+// was made after end_use has passed. Found are: use of a range that a copy is still to be made to; a copy to a range
+// that is in use, or may be read by kernels whose end the copy's stream does not wait for; a copy whose source changed
+// before it ran, having been freed or written to. Each is thrown, as DeviceError, by the next call of the stream or the
+// device.
 class LateDevice {
  public:
   // Copies and computing take up to `most_delay_us` longer than asked for, as the seed has it.
@@ -78,9 +79,9 @@ class LateDevice {
   std::map<const std::byte*, Use> uses_;  // by start; each range has one owner at a time
   std::map<CopyStream::Mark, Computed> computed_;
   CopyStream::Mark last_computed_ = 0;
-  std::uint64_t ticks_ = 0;             // of computing: counted up with every end of a use
-  std::uint64_t done_ticks_ = 0;        // that are over
-  std::deque<Computed> running_;        // in order
+  std::uint64_t ticks_ = 0;       // of computing: counted up with every end of a use
+  std::uint64_t done_ticks_ = 0;  // that are over
+  std::deque<Computed> running_;  // in order
   std::string wrong_;
   bool stopping_ = false;
   std::thread thread_;

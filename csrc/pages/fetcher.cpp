@@ -81,7 +81,7 @@ std::shared_ptr<Ticket> Fetcher::fetch(std::string what, std::vector<FetchItem> 
       }
       return ticket;
     }
-    requests_.insert(urgent ? requests_.begin() : requests_.end(), 
+    requests_.insert(urgent ? requests_.begin() : requests_.end(),
                      Request{ticket, std::move(after), std::move(items), computed});
     ++changes_;
   }
@@ -331,11 +331,10 @@ bool Fetcher::copy_one(Lock& lock) {
       const PageInfo info = table_.info(page);
       const auto held = held_.find(page);
       const auto loan = loans_.find(page);
-      const bool at_hand = request->items[i].held != kNoFrame ||
-                           (loan != loans_.end() && loan->second.version >= info.expected) ||
-                           (info.version >= info.expected && (info.home == Home::kHost || !info.written)) ||
-                           (held != held_.end() && !held->second.reading && !held->second.in_use &&
-                            is_current(held->second.info, info));
+      const bool at_hand =
+          request->items[i].held != kNoFrame || (loan != loans_.end() && loan->second.version >= info.expected) ||
+          (info.version >= info.expected && (info.home == Home::kHost || !info.written)) ||
+          (held != held_.end() && !held->second.reading && !held->second.in_use && is_current(held->second.info, info));
       // An update that failed since drop_failed looked has set its error first, and then made the former version do.
       if (!at_hand || (request->after && request->after->error())) continue;
       copy(request, i, lock);
@@ -440,8 +439,8 @@ void Fetcher::settle_copies(Lock& lock) {
     lock.lock();
     const Copying& first = copying_.front();  // which only this thread removes
     if (!error && !passed && seconds_since(first.began) > deadline_seconds_)
-      error = std::make_exception_ptr(DeadlineError("waited " + std::to_string(deadline_seconds_) +
-                                                    " s for a copy of a page to the device"));
+      error = std::make_exception_ptr(
+          DeadlineError("waited " + std::to_string(deadline_seconds_) + " s for a copy of a page to the device"));
     if (error) {
       break_down(error, lock);
       return;

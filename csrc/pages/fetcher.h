@@ -77,7 +77,7 @@ class Fetcher {
  private:
   struct Request {
     std::shared_ptr<Ticket> ticket, after;
-    std::vector<FetchItem> items;  // that are still to be copied
+    std::vector<FetchItem> items;           // that are still to be copied
     device::CopyStream::Mark computed = 0;  // that the stream has not been told to wait for
   };
   struct Copying {  // on the stream

@@ -62,9 +62,10 @@ INCLUDES: dict[str, str] = {
     "timeline": "",
     "io": "",
     "kernels": "",
-    "pages": "timeline io",
+    "device": "io",
+    "pages": "timeline io device",
     "update": "timeline io kernels pages",
-    "bind": "heap timeline io kernels pages update",
+    "bind": "heap timeline io kernels device pages update",
 }
 
 

@@ -31,7 +31,7 @@ def _known_rates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Plans from given rates, since measuring takes longer than the steps of a small model; but for tests of it."""
     if request.node.get_closest_marker("measures") is None:
         monkeypatch.setattr("angelptm.engine.planning.measure_rates", lambda *_, **__: NOMINAL_RATES)
-        monkeypatch.setattr("angelptm.engine.planning.compute_speed", lambda _: 1.0)
+        monkeypatch.setattr("angelptm.engine.planning.compute_speed", lambda *_: 1.0)
 
 
 MakeEngine = Callable[..., Engine]

@@ -168,7 +168,9 @@ def test_measuring_is_short_and_changes_nothing(engine: Engine) -> None:
 
     content, counts = state(), (store.slot_used_count, store.host_used_count, engine.traffic()["ssd"]["written"])
     start = time.perf_counter()
-    rates = measure_rates(store, engine.plan, rule=RULES["adamw"], grad_dtype=torch.float32, param_dtype=torch.float32)
+    rates = measure_rates(
+        store, engine.plan, engine._device, rule=RULES["adamw"], grad_dtype=torch.float32, param_dtype=torch.float32
+    )
     assert time.perf_counter() - start < 2, "in well under a second, on a machine that has other work too"
     assert all(
         value > 0 for name, value in vars(rates).items() if name.endswith(("per_s", "cores", "threads", "seconds"))

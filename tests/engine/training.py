@@ -25,8 +25,8 @@ EVERYTHING_ON_SSD = {"param": "ssd", "grad": "ssd", "states": "ssd"}
 def tight_config(model: nn.Module, folder: Path, *, device: int = 0, **keys: Any) -> Config:
     """The smallest device budget that the plan accepts, page by page, and the host budget that its refusal asks for.
 
-    ``device``: at least so much of it. ANGELPTM_TEST_DEVICE is the device, cpu if not set. ``keys`` are those of the configuration; all pages live on the SSD unless
-    ``placement`` says otherwise.
+    ``device``: at least so much of it. ANGELPTM_TEST_DEVICE is where the model computes, cpu if not set. ``keys`` are
+    those of the configuration; all pages live on the SSD unless ``placement`` says otherwise.
     """
     content: dict[str, Any] = {"page_size": PAGE, "placement": EVERYTHING_ON_SSD} | keys
     content.setdefault("optimizer", {"lr": 1e-2})
