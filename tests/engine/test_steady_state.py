@@ -42,7 +42,8 @@ def test_frames_and_slots_return_after_every_step(
         counts.append(_counts(engine))
         peaks.append(engine._store.slot_peak_count)
     assert len(set(counts[1:])) == 1, counts
-    assert engine._store.host_used_count <= engine.plan.ring_frames + engine.plan.home_frames
+    plan = engine.plan
+    assert engine._store.host_used_count <= plan.ring_frames + plan.home_frames + plan.readout_frames
     # How many writes are in flight at once is a matter of timing, but never more than the plan foresaw.
     assert peaks[-1] <= engine.plan.ssd_slots
 
