@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as json_format
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -25,11 +26,20 @@ from angelptm.plan import (
 )
 from angelptm.sizes import format_bytes
 
+if TYPE_CHECKING:
+    from torch import nn
+
+_CHOOSING_SECONDS = 20.0
+
 
 def plan(
     config: ConfigPath,
     set_: Overrides = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure this machine, some seconds, and say what a step will take."),
+    ] = False,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -39,13 +49,17 @@ def plan(
         ),
     ] = None,
 ) -> None:
-    """Says how many bytes of each kind live on each tier, and whether it fits; allocates nothing."""
+    """Says how many bytes of each kind live on each tier, whether it fits, and with --measure how fast it will be.
+
+    Allocates nothing of the model."""
     from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of  # not above, as they import torch
     from angelptm.model.materialize import build_model
     from angelptm.train.resume import as_trained
 
+    if measure and trace is not None:
+        raise typer.BadParameter("a step is foreseen from this machine's rates, or taken from a run's trace: not both")
     loaded = as_trained(load_config(config, set_ or []))
-    prediction = None
+    prediction, foreseen = None, None
     if trace is not None:
         with Console(stderr=True).status("simulating steps"):
             made, prediction = _predict(loaded, trace)
@@ -53,13 +67,58 @@ def plan(
         with Console(stderr=True).status("building the model without its values"):
             model = build_model(loaded)
         made = plan_of(*lay_out(model, loaded), loaded, buffer_bytes_of(model))
+        if measure:
+            prediction, foreseen = _foresee(loaded, model, made)
     if json:
         predicted = {} if prediction is None else {"prediction": prediction.facts()}
-        print(json_format.dumps({**plan_summary(made), **predicted}))
+        print(json_format.dumps({**plan_summary(made), **predicted, **(foreseen or {})}))
         return
     show_plan(made, Console())
     if prediction is not None:
         print(prediction.describe())
+    if prediction is not None and foreseen is not None:
+        print(_describe(prediction, foreseen))
+
+
+def _foresee(config: Config, model: nn.Module, plan: Plan) -> tuple[Prediction, dict[str, float]]:
+    """A step as the simulator sees it, from shapes and from what this machine was measured to give."""
+    from angelptm.engine.foresight import Timed, activation_bytes_of, foresee
+    from angelptm.engine.machine import measure_machine
+    from angelptm.engine.planning import settings_of
+
+    console = Console(stderr=True)
+    with console.status("measuring this machine"):
+        rates, compute, device = measure_machine(config)
+    with console.status("going through a step without values"):
+        foreseen = foresee(model, config, plan, Timed(compute, config.precision, device))
+    trace = foreseen.with_gradient_copies(rates.gradient_bytes_per_s)
+    settings, lead = settings_of(config)
+    prediction = choose(plan, trace, rates, settings, lead=lead, seconds=_CHOOSING_SECONDS)[1]
+    # Filling the pages and the first steps, which move everything on demand, come before the steady step.
+    first = {"device": plan.arena.peak_frames * plan.page_bytes, "host": plan.host_frames * plan.page_bytes}
+    peaks = {tier: max(size, first.get(tier, 0)) for tier, size in prediction.peak_bytes.items()}
+    prediction = replace(prediction, peak_bytes=peaks)
+    seconds = prediction.step_seconds
+    written = sum(link["ssd_written"] for link in prediction.traffic.values())
+    return prediction, {
+        "tokens_per_s": trace.tokens_per_step / seconds,
+        "mfu": foreseen.model_flops / seconds / compute.flops_per_s[config.precision],
+        "model_flops": foreseen.model_flops,
+        "activation_bytes": activation_bytes_of(trace),
+        "ssd_written_bytes_per_day": written * 86400 / seconds,
+    }
+
+
+def _describe(prediction: Prediction, foreseen: dict[str, float]) -> str:
+    lines = [
+        f"{foreseen['tokens_per_s']:.0f} tokens/s, {foreseen['mfu']:.0%} of the device's rate (MFU)",
+        f"activations {format_bytes(int(foreseen['activation_bytes']))}, beside the device budget",
+    ]
+    if foreseen["ssd_written_bytes_per_day"]:
+        lines.append(f"SSD writes {format_bytes(int(foreseen['ssd_written_bytes_per_day']))} a day")
+    if not prediction.steady:
+        lines.append("no two steps are alike: these are averages")
+    return "\n".join(lines)
 
 
 def _predict(config: Config, run: Path) -> tuple[Plan, Prediction]:

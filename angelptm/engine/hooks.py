@@ -23,7 +23,7 @@ def _saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _in_graph_task() -> bool:
+def in_graph_task() -> bool:
     """Whether autograd is in a backward pass on this thread."""
     return torch._C._current_graph_task_id() != -1
 
@@ -53,7 +53,7 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> 
     return torch.utils._pytree.tree_map(visit, output)
 
 
-def _made_since(tensor: torch.Tensor, sequence: int) -> bool:
+def made_since(tensor: torch.Tensor, sequence: int) -> bool:
     """Whether the operation behind a tensor ran at or after a number of autograd's sequence."""
     return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= sequence
 
@@ -132,7 +132,7 @@ class Hooks:
 
         def enter(_module: nn.Module, _args: Any) -> None:
             pinned = []
-            self._come_to(index, "recompute" if _in_graph_task() else "forward")
+            self._come_to(index, "recompute" if in_graph_task() else "forward")
             try:
                 for unit in site.units:
                     self._residency.pin(unit)
@@ -157,7 +157,7 @@ class Hooks:
                 self.tracer.leave_forward(index, sum(self._saved_storages.values()))
             if torch.is_grad_enabled():
                 for tensor in tensors_in(output if own is None else own):
-                    if _made_since(tensor, entered):
+                    if made_since(tensor, entered):
                         tensor.register_hook(come_back_if_saved if only_saved else come_back)  # type: ignore[no-untyped-call]
             return own
 
@@ -202,7 +202,7 @@ class Hooks:
         if _saving_hooks() is not None:
             self._contexts.append(None)
             return
-        if torch.is_grad_enabled() and not _in_graph_task():
+        if torch.is_grad_enabled() and not in_graph_task():
             self._saved_units.clear()
             self._saved_storages.clear()
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -225,7 +225,7 @@ class Hooks:
         return map_tensors(copied, output)
 
     def _enter_model(self, _model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if self._depth == 0 and not _in_graph_task():
+        if self._depth == 0 and not in_graph_task():
             self.abandon_backward()
             self._forward_start = time.perf_counter()
             self._pinned.clear()

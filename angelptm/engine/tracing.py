@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from angelptm.plan import GradientDone, Plan, Trace, Use
@@ -24,7 +24,9 @@ class Tracer:
     """Traces one step after the other. Later steps of the same order give the durations, on average: the first one
     touches everything for the first time."""
 
-    def __init__(self, plan: Plan, sites: Sequence[Site]) -> None:
+    def __init__(self, plan: Plan, sites: Sequence[Site], *, now: Callable[[], float] = time.perf_counter) -> None:
+        """``now``: the time in seconds, of a step that is made up where none passes."""
+        self._now = now
         self._plan = plan
         self._sites = sites
         self._inside = [_inside(sites, index) for index in range(len(sites))]
@@ -38,7 +40,7 @@ class Tracer:
 
     def enter(self, site: int, phase: str) -> None:
         """The computing thread comes to a site."""
-        now = time.perf_counter()
+        now = self._now()
         if self._entries and not self._entries[-1].end:
             self._entries[-1].end = now
         if not self._entries and self._stepped:
@@ -69,13 +71,13 @@ class Tracer:
         self._gradients[unit] = GradientDone(unit, max(0, len(self._entries) - 1), total, seconds)
 
     def end_backward(self) -> None:
-        self._ended = time.perf_counter()
+        self._ended = self._now()
         if self._entries and not self._entries[-1].end:
             self._entries[-1].end = self._ended
 
     def end_step(self, tokens: int, facts: Mapping[str, object]) -> bool:
         """The step is over. Says whether there is a trace of it, or a refined one."""
-        now = time.perf_counter()
+        now = self._now()
         entries, gradients = self._entries, self._gradients
         if self._ended:
             self._outside += now - self._ended
@@ -110,7 +112,7 @@ class Tracer:
 
     def go_on(self) -> None:
         """What came since the end of the step belongs to no step."""
-        self._stepped = time.perf_counter()
+        self._stepped = self._now()
 
     def drop(self) -> None:
         """Forgets the step that is being traced."""
