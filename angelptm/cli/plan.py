@@ -95,7 +95,9 @@ def _foresee(config: Config, model: nn.Module, plan: Plan) -> tuple[Prediction, 
     settings, lead = settings_of(config)
     prediction = choose(plan, trace, rates, settings, lead=lead, seconds=_CHOOSING_SECONDS)[1]
     # Filling the pages and the first steps, which move everything on demand, come before the steady step.
-    first = {"device": plan.arena.peak_frames * plan.page_bytes, "host": plan.host_frames * plan.page_bytes}
+    first = {"device": plan.arena.peak_frames * plan.page_bytes}
+    if plan.ssd_slots > plan.commit_slots:
+        first["host"] = plan.host_frames * plan.page_bytes
     peaks = {tier: max(size, first.get(tier, 0)) for tier, size in prediction.peak_bytes.items()}
     prediction = replace(prediction, peak_bytes=peaks)
     seconds = prediction.step_seconds
