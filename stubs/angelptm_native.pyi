@@ -369,7 +369,13 @@ class Fetcher:
         """``items``: (page, address that gets its content) each. ``computed``: see CopyStream."""
 
     def fetch_held(
-        self, what: str, items: Sequence[tuple[int, int, int]], *, release: bool, urgent: bool = False, computed: int = 0
+        self,
+        what: str,
+        items: Sequence[tuple[int, int, int]],
+        *,
+        release: bool,
+        urgent: bool = False,
+        computed: int = 0,
     ) -> Ticket:
         """``items``: (page, address that gets its content, frame that is held) each; with ``release`` the holds become
         the fetcher's."""
