@@ -12,6 +12,7 @@ import typer
 
 from angelptm.cli.checkpoint import app as checkpoint_app
 from angelptm.cli.checkpoint_tables import printable
+from angelptm.cli.launch import launch
 from angelptm.cli.plan import plan
 from angelptm.cli.report import report
 from angelptm.cli.trace import trace
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=ResumeCommand)(train)
+app.command()(launch)
 app.command()(plan)
 app.command()(trace)
 app.command()(report)
