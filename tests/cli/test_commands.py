@@ -66,10 +66,10 @@ def test_plan_allocates_nothing_and_counts_all_kinds(angelptm: Callable, config_
     assert "fits" in table
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted(Path(__file__).parents[2].joinpath("configs").glob("*")), ids=lambda p: p.name
-)
-def test_every_recipe_has_a_plan_that_fits(recipe: Path, angelptm: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["demo.yaml", "gpt2.yaml", "gpt2-medium.yaml", "ds_z3_nvme.json"])
+def test_recipe_for_a_small_machine_has_a_plan_that_fits(name: str, angelptm: Callable, tmp_path: Path) -> None:
+    """Those for large ones are in tests/config/test_recipes.py."""
+    recipe = Path(__file__).parents[2] / "configs" / name
     outcome = angelptm("plan", str(recipe), "--set", f"tiers.ssd.0.path={tmp_path}", "--json")
     assert outcome.code == 0, outcome.err
 

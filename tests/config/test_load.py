@@ -20,7 +20,6 @@ from angelptm.errors import ConfigError
 
 TIERS: dict[str, Any] = {"device": "24MiB", "host": "96MiB", "ssd": [{"path": "/nvme"}]}
 BASE: dict[str, Any] = {"tiers": TIERS}
-RECIPES = Path(__file__).parents[2] / "configs"
 
 
 def refused(*overrides: str, source: Any = BASE) -> ConfigError:
@@ -90,7 +89,7 @@ def test_optimizer_defaults_follow_the_type(kind: str, betas: tuple[float, float
         ("page_size=4KiB", ["page_size", "at least 64KiB"]),
         ("precision=fp16", ["precision", "use bf16"]),
         ("precision=fp23", ["precision", "'fp32' or 'bf16'"]),
-        ("device=cuda:0", ["device", "'cpu'", "CUDA"]),
+        ("device=cuda:x", ["device", "cuda:x", "cpu, cuda or cuda:N"]),
         ("placement.states=1.5", ["placement.states", "1.5", "0.0 to 1.0"]),
         ("placement.grad=device", ["placement.grad", "'host'"]),
         ("update.threads=0", ["update.threads", "'auto'", "at least 1"]),
@@ -342,14 +341,6 @@ def test_weights_with_their_config_name_the_model(tmp_path: Path) -> None:
 
 def test_warmup_fits_into_the_training() -> None:
     assert "at most training.steps (5)" in str(refused("training.steps=5", "schedule.warmup_steps=6"))
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.iterdir()), ids=lambda path: path.name)
-def test_every_recipe_loads(path: Path) -> None:
-    config = load_config(path)
-    assert config.training.steps > 0
-    assert config.model.given
-    assert all(not ssd.path.is_absolute() for ssd in config.tiers.ssd)
 
 
 def test_every_key_is_described() -> None:

@@ -154,4 +154,4 @@ def prepare(*, measure: bool) -> None:
     torch.set_num_threads(1)
     if not measure:
         planning.measure_rates = lambda *_, **__: NOMINAL_RATES
-        planning.compute_speed = lambda _: 1.0
+        planning.compute_speed = lambda *_: 1.0
