@@ -17,7 +17,6 @@ while [ $# -gt 0 ]; do
     *) echo "error: unknown option $1; see the head of tools/gpu_check.sh" >&2; exit 2 ;;
   esac
 done
-mkdir -p "$out"
 started=$SECONDS
 say() { echo "[$((SECONDS - started)) s] $*"; }
 
@@ -26,6 +25,7 @@ python=${PYTHON:-python3}
   echo "error: torch sees no GPU: $("$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' 2>&1 | tail -1)" >&2
   exit 2
 }
+mkdir -p "$out"
 say "environment"
 "$python" -m venv --system-site-packages .gpu-venv || exit 2
 source .gpu-venv/bin/activate

@@ -11,7 +11,7 @@ your machine, try --sequence 32, and --threads 1 where others want its cores.
     python tools/bench/convergence.py --out RESULT.json --plot docs/convergence.png     # 4 modes, 3 seeds, 2000 steps
     python tools/bench/convergence.py --out RESULT.json --plot docs/convergence.png --pace 5
     python tools/bench/convergence.py --modes sync,lock-free,lock-free-sum --out OTHER.json
-    python tools/bench/convergence.py --modes sync,sync-bf16,sync-int8,torchao-int8 --states host \
+    python tools/bench/convergence.py --modes sync,sync-nudged,sync-bf16,sync-int8,torchao-int8 --states host \
         --layers 7 --width 512 --steps 3000 --lr 3e-4 --out STATES.json --plot docs/convergence-states.png
     python tools/bench/convergence.py --small --json                                    # seconds: does it run?
 

@@ -8,14 +8,20 @@ from typing import Any
 LIBRARY_MODE = "torchao-int8"
 DEFAULT_MODES = ("sync", "bounded-1", "bounded-4", "lock-free")
 _NAME = re.compile(
-    rf"{LIBRARY_MODE}|sync(?:-(?P<moments>bf16|int8))?|(?:bounded-(?P<bound>\d+)|lock-free)(?P<sum>-sum)?"
+    rf"{LIBRARY_MODE}|sync(?:-(?P<moments>bf16|int8|nudged))?|(?:bounded-(?P<bound>\d+)|lock-free)(?P<sum>-sum)?"
 )
 
 
 def state_keys(name: str) -> dict[str, Any]:
     """The config's ``optimizer.states`` section: both moments in the format that the name ends with."""
-    match = _match(name)
-    return {"exp_avg": match["moments"], "exp_avg_sq": match["moments"]} if match["moments"] else {}
+    moments = _match(name)["moments"]
+    return {"exp_avg": moments, "exp_avg_sq": moments} if moments in ("bf16", "int8") else {}
+
+
+def lr_factor(name: str) -> float:
+    """``sync-nudged`` is sync with a learning rate that differs by a millionth: how far two runs come apart that differ
+    by nothing that matters is what every other difference is to be held against."""
+    return 1 + 1e-6 if name == "sync-nudged" else 1.0
 
 
 def update_keys(name: str) -> dict[str, Any]:
@@ -34,7 +40,7 @@ def _match(name: str) -> re.Match[str]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"{name!r} is not a mode: sync, sync-bf16, sync-int8, {LIBRARY_MODE}, bounded-K, lock-free, bounded-K-sum, "
-            "lock-free-sum"
+            f"{name!r} is not a mode: sync, sync-bf16, sync-int8, sync-nudged, {LIBRARY_MODE}, bounded-K, "
+            "lock-free, bounded-K-sum, lock-free-sum"
         )
     return match

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from bench.convergence.modes import LIBRARY_MODE, state_keys, update_keys
+from bench.convergence.modes import LIBRARY_MODE, lr_factor, state_keys, update_keys
 from bench.step.worker import peak_rss_bytes, reply_channel, send
 
 import angelptm
@@ -69,7 +69,7 @@ def config_of(settings: Settings, mode: str, seed: int, drive: Path) -> Config:
             "placement": {"states": settings.states},
             "optimizer": {
                 "type": "adamw",
-                "lr": settings.lr,
+                "lr": settings.lr * lr_factor(mode),
                 "betas": [0.9, 0.95],
                 "weight_decay": 0.1,
                 "states": state_keys(mode),
