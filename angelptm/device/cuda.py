@@ -110,9 +110,8 @@ class CudaDevice:
             )
         if result != 0:
             self._runtime.cudaGetLastError()  # else the next kernel launch would report it
-            said = ctypes.cast(native_string(self._runtime, result), ctypes.c_char_p).value or b""
             raise AngelPTMError(
-                f"tiers.host: CUDA cannot page-lock {size} bytes of host memory: {said.decode()} (error {result}). "
+                f"tiers.host: CUDA cannot page-lock {size} bytes of host memory: {_text_of(self._runtime, result)}. "
                 "Lower tiers.host, or raise the limits of locked memory (ulimit -l, the container's) and of memory."
             )
         self._registered.append(address)
@@ -143,11 +142,9 @@ class CudaDevice:
             self._runtime.cudaHostUnregister(ctypes.c_void_p(self._registered.pop()))
 
 
-def native_string(runtime: ctypes.CDLL, result: int) -> int:
-    function = runtime.cudaGetErrorString
-    function.restype = ctypes.c_void_p
-    found: int = function(ctypes.c_int(result))
-    return found
+def _text_of(runtime: ctypes.CDLL, result: int) -> str:
+    function = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("cudaGetErrorString", runtime))
+    return f"{(function(result) or b'no description').decode()} (error {result})"
 
 
 def _why_none() -> str:
