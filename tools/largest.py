@@ -2,6 +2,8 @@
 
     python tools/largest.py --folder /nvme                    # 6.7 B parameters, 52 GB of disk: 41 of them states
     python tools/largest.py --preset gpt3-2.7b --device 768MiB --host 1536MiB
+    python tools/largest.py --preset gpt3-1.3b --device 512MiB --host 1GiB
+    python tools/largest.py --preset gpt3-1.3b --device 3GiB --host 14GiB --in-memory       # the same losses
     python tools/largest.py --preset gpt2 --device 256MiB --host 512MiB --steps 3
 
 Without bf16 instructions a processor takes hours for a step of 6.7 B; --precision fp32 needs 70 % more disk then.
@@ -51,6 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, default=Path.cwd(), help="on the drive that takes the rest (default here)"
     )
+    parser.add_argument("--in-memory", action="store_true", help="keep in memory what fits: for losses to compare with")
     parser.add_argument("--plan", action="store_true", help="only say what it would take")
     parser.add_argument("--out", type=Path, help="also write the result to this file, as JSON")
     options = parser.parse_args(arguments)
@@ -66,7 +69,7 @@ def config_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tiers": {"device": options.device, "host": options.host, "ssd": [{"path": str(folder)}]},
         "page_size": options.page,
         "precision": options.precision,
-        "placement": {"param": "ssd", "states": "ssd"},
+        "placement": {} if options.in_memory else {"param": "ssd", "states": "ssd"},
         "optimizer": {"type": "adamw", "lr": 1e-4, "states": STATES},
         "gradient_checkpointing": True,
     }
