@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests that need a GPU, and the GPU benchmark, on a machine that has torch with CUDA, transformers and pybind11, and
-# perhaps no network. At most 8 minutes.
+# perhaps no network. Tests and benchmark are cut off after 200 and 240 seconds.
 #
 #   tools/gpu_check.sh [--wheels FOLDER] [--out FOLDER] [-- OPTIONS OF tools/bench/gpu.py]
 #

@@ -14,11 +14,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from angelptm.cli.plan import show_plan
+from angelptm.cli.plan import planned, show_plan
 from angelptm.cli.report import collect_report
 from angelptm.cli.train import ConfigPath, Overrides
 from angelptm.config import Config, load_config
-from angelptm.plan import Plan
 from angelptm.sizes import format_bytes
 
 _PROCESS_BYTES = 2**30  # Python, torch, transformers, and activations of a small batch
@@ -110,7 +109,7 @@ def launch(
     if loaded.run_dir is None:
         overrides.append(f"run_dir=runs/{time.strftime('%Y%m%d-%H%M%S')}")  # so that all its processes share it
         loaded = load_config(config, overrides)
-    plan = _plan(loaded, console)
+    _, plan = planned(loaded)
     show_plan(plan, console)
     with console.status("looking at this machine"):
         found = findings(
@@ -124,18 +123,6 @@ def launch(
     if dry_run:
         return
     raise typer.Exit(_supervise(config, overrides, loaded, restarts, console))
-
-
-def _plan(config: Config, console: Console) -> Plan:
-    """Raises CapacityError where a budget is too small."""
-    from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of  # not above, as they import torch
-    from angelptm.model.materialize import build_model
-    from angelptm.train.resume import as_trained
-
-    with console.status("building the model without its values"):
-        trained = as_trained(config)
-        model = build_model(trained)
-        return plan_of(*lay_out(model, trained), trained, buffer_bytes_of(model))
 
 
 def _supervise(path: Path, overrides: Sequence[str], config: Config, restarts: int, console: Console) -> int:
@@ -164,14 +151,22 @@ def _supervise(path: Path, overrides: Sequence[str], config: Config, restarts: i
 def _run(command: Sequence[str]) -> int:
     """The exit code. An interrupt is the child's too, which ends in its own way; a request to end is passed on."""
     child = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    asked = False  # to end, by whoever: then it is not started again, however it ends
+
+    def end(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         while True:
             try:
                 code = child.wait()
             except KeyboardInterrupt:
-                continue  # the terminal has told the child as well
-            return -signal.SIGINT if code == 130 else code
+                asked = True  # the terminal has told the child as well
+                continue
+            return -signal.SIGINT if asked or code == 130 else code
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -52,9 +52,7 @@ def plan(
     """Says how many bytes of each kind live on each tier, whether it fits, and with --measure how fast it will be.
 
     Allocates nothing of the model."""
-    from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of  # not above, as they import torch
-    from angelptm.model.materialize import build_model
-    from angelptm.train.resume import as_trained
+    from angelptm.train.resume import as_trained  # not above, as it imports torch
 
     if measure and trace is not None:
         raise typer.BadParameter("a step is foreseen from this machine's rates, or taken from a run's trace: not both")
@@ -64,9 +62,7 @@ def plan(
         with Console(stderr=True).status("simulating steps"):
             made, prediction = _predict(loaded, trace)
     else:
-        with Console(stderr=True).status("building the model without its values"):
-            model = build_model(loaded)
-        made = plan_of(*lay_out(model, loaded), loaded, buffer_bytes_of(model))
+        model, made = planned(loaded)
         if measure:
             prediction, foreseen = _foresee(loaded, model, made)
     if json:
@@ -78,6 +74,19 @@ def plan(
         print(prediction.describe())
     if prediction is not None and foreseen is not None:
         print(_describe(prediction, foreseen))
+
+
+def planned(config: Config) -> tuple[nn.Module, Plan]:
+    """The config's model without its values, and its plan, with the commits that training would make. Raises
+    CapacityError where a budget is too small."""
+    from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of  # not above, as they import torch
+    from angelptm.model.materialize import build_model
+    from angelptm.train.resume import as_trained
+
+    trained = as_trained(config)
+    with Console(stderr=True).status("building the model without its values"):
+        model = build_model(trained)
+    return model, plan_of(*lay_out(model, trained), trained, buffer_bytes_of(model))
 
 
 def _foresee(config: Config, model: nn.Module, plan: Plan) -> tuple[Prediction, dict[str, float]]:

@@ -77,16 +77,6 @@ class Operators(Protocol):
     def seconds(self, func: Any, args: Any, kwargs: Any, flops: int, moved: int) -> float: ...
 
 
-class Roofline:
-    """From a machine's rates alone. See :class:`Operators`."""
-
-    def __init__(self, rates: ComputeRates, precision: str) -> None:
-        self._rates, self._precision = rates, precision
-
-    def seconds(self, func: Any, args: Any, kwargs: Any, flops: int, moved: int) -> float:  # noqa: ARG002
-        return self._rates.seconds(self._precision, flops, moved)
-
-
 class Timed:
     """From this machine: each operator is run with tensors of its shapes, once for all calls that are alike, unless it
     is larger than ``most_bytes``. See :class:`Operators`."""

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import angelptm_native as native
@@ -113,12 +114,12 @@ def compute_rates(device: Device) -> ComputeRates:
     for name, dtype in TORCH_DTYPES.items():
         left = torch.ones(scale * _ROWS, scale * _SIZE, dtype=dtype, device=where)
         right = torch.ones(scale * _SIZE, scale * _SIZE, dtype=dtype, device=where)
-        flops[name] = per_second(lambda left=left, right=right: left @ right, 2 * left.numel() * right.shape[1])  # type: ignore[misc]
+        flops[name] = per_second(partial(torch.matmul, left, right), 2 * left.numel() * right.shape[1])
     rates = []
     for size in (_CACHED_BYTES, _LARGE_BYTES):
         one = torch.ones(size // 4, device=where)
         out = torch.empty_like(one)
-        rates.append(per_second(lambda one=one, out=out: torch.add(one, 1.0, out=out), 2 * one.nbytes))  # type: ignore[misc]
+        rates.append(per_second(partial(torch.add, one, 1.0, out=out), 2 * one.nbytes))
     tiny = torch.ones(1, device=where)
     call = 1 / per_second(lambda: [tiny + 1.0 for _ in range(100)], 100)
     return ComputeRates(

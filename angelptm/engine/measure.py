@@ -31,6 +31,7 @@ _ROUNDS, _TURN_SECONDS = 5, 0.025
 _LEAST_WATCHED_SECONDS = 0.1
 _MATMUL_ROWS, _MATMUL_SIZE = 256, 1024
 _GPU_MATMUL_SIZE = 4096
+_DEADLINE_SECONDS = 30.0  # for some copies between host and device
 _COPIES = 8  # at once, of a page each
 _MOST_SCRATCH_ELEMENTS = 1 << 19  # 10 MiB of scratch memory: more than a core's own caches
 # For what no transfer of this run ever meets, or when the drive gave no answer.
@@ -132,8 +133,12 @@ def _link_seconds(device: Device, stream: native.CopyStream, store: native.Store
             for _ in range(_COPIES):
                 stream.copy(far if inward else here, here if inward else far, size)
             mark = stream.mark()
+            end = time.perf_counter() + _DEADLINE_SECONDS
             while not stream.passed(mark):
-                pass
+                if time.perf_counter() > end:
+                    raise native.DeadlineError(
+                        f"waited {_DEADLINE_SECONDS} s for copies of pages between host and device"
+                    )
 
         return _least_seconds(move) / (size * _COPIES)
     finally:

@@ -509,6 +509,7 @@ void Fetcher::break_down(std::exception_ptr error, Lock& lock) {
     if (one.lent) give_back_source({one.item.page, one.item.to}, true, false, lock);
     one.ticket->finish_part(broken_);
   }
+  copying_.clear();  // each ticket is told once, whatever breaks next
   ahead_.clear();
 }
 

@@ -127,6 +127,19 @@ def test_run_that_is_killed_goes_on_from_its_last_commit(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_run_that_is_asked_to_end_is_not_started_again(tmp_path: Path) -> None:
+    launched = start(str(small(tmp_path)))
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("run/*/commits/*.manifest")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    launched.terminate()
+    said, _ = launched.communicate(timeout=120)
+    assert launched.returncode == 130, said
+    assert "going on" not in said
+
+
+@pytest.mark.slow
 def test_dry_run_shows_the_plan_and_begins_nothing(tmp_path: Path) -> None:
     launched = start(str(small(tmp_path)), "--dry-run")
     said, _ = launched.communicate(timeout=120)
