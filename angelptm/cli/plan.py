@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json as json_format
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +12,9 @@ from rich.table import Table
 
 from angelptm.cli.train import ConfigPath, Overrides
 from angelptm.config import Config, load_config
+from angelptm.config.schema import Hardware
 from angelptm.errors import DataError
+from angelptm.memory import host_memory
 from angelptm.plan import (
     Plan,
     Prediction,
@@ -29,7 +30,7 @@ from angelptm.sizes import format_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-_CHOOSING_SECONDS = 20.0
+    from angelptm.engine.outlook import Outlook, Target
 
 
 def plan(
@@ -48,37 +49,155 @@ def plan(
             help="The folder of a run of this model, whose traced step and measured rates say what a step will take.",
         ),
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for the settings with the most tokens per second.")
+    ] = False,
+    max_scale: Annotated[
+        bool, typer.Option("--max-scale", help="Look for the most layers of this model that fit the machine.")
+    ] = False,
 ) -> None:
-    """Says how many bytes of each kind live on each tier, whether it fits, and with --measure how fast it will be.
+    """Says how many bytes of each kind live on each tier, whether it fits, and how fast it will be.
 
-    Allocates nothing of the model."""
+    That takes a machine's rates: those of the config's hardware file, or of this machine with --measure or with
+    hardware: auto. Allocates nothing of the model."""
     from angelptm.train.resume import as_trained  # not above, as it imports torch
 
-    if measure and trace is not None:
-        raise typer.BadParameter("a step is foreseen from this machine's rates, or taken from a run's trace: not both")
+    if trace is not None and (measure or search or max_scale):
+        raise typer.BadParameter("a step is foreseen from a machine's rates, or taken from a run's trace: not both")
+    if search and max_scale:
+        raise typer.BadParameter("--search or --max-scale: one at a time")
     loaded = as_trained(load_config(config, set_ or []))
-    prediction, foreseen = None, None
     if trace is not None:
         with Console(stderr=True).status("simulating steps"):
             made, prediction = _predict(loaded, trace)
+        if json:
+            print(json_format.dumps({**plan_summary(made), "prediction": prediction.facts()}))
+        else:
+            show_plan(made, Console())
+            print(prediction.describe())
+        return
+    hardware = None if measure else loaded.described_hardware()
+    if (search or max_scale) and not (measure or loaded.hardware == "auto" or (hardware and hardware.predicts)):
+        raise typer.BadParameter("--search and --max-scale want a machine's rates: add --measure, or hardware: FILE")
+    if search:
+        _search(loaded, hardware, json)
+    elif max_scale:
+        _max_scale(loaded, hardware, json)
     else:
-        model, made = planned(loaded)
-        if measure:
-            prediction, foreseen = _foresee(loaded, model, made)
+        _plan(loaded, hardware, measure, json)
+
+
+def _plan(config: Config, hardware: Hardware | None, measure: bool, json: bool) -> None:
+    model, made = planned(config, hardware)
+    facts: dict[str, Any] = {}
+    text = ""
+    if measure or config.hardware == "auto" or (hardware is not None and hardware.predicts):
+        from angelptm.engine.outlook import look_ahead, require_memory
+
+        target = _target(config, hardware)
+        with Console(stderr=True).status("going through a step without values"):
+            outlook = look_ahead(model, config, made, target)
+        require_memory(made, outlook.activation_bytes, outlook.workspace_bytes, config, target)
+        facts = {"prediction": outlook.prediction.facts(), **outlook.facts()}
+        text = _describe(outlook, made, config, target)
     if json:
-        predicted = {} if prediction is None else {"prediction": prediction.facts()}
-        print(json_format.dumps({**plan_summary(made), **predicted, **(foreseen or {})}))
+        print(json_format.dumps({**plan_summary(made), **facts}))
         return
     show_plan(made, Console())
-    if prediction is not None:
-        print(prediction.describe())
-    if prediction is not None and foreseen is not None:
-        print(_describe(prediction, foreseen))
+    _show_limits(made, config, hardware)
+    if text:
+        print(text)
 
 
-def planned(config: Config) -> tuple[nn.Module, Plan]:
-    """The config's model without its values, and its plan, with the commits that training would make. Raises
-    CapacityError where a budget is too small."""
+def _target(config: Config, hardware: Hardware | None) -> Target:
+    from angelptm.engine.outlook import described_machine, this_machine
+
+    if hardware is not None and hardware.predicts:
+        return described_machine(hardware, config)
+    with Console(stderr=True).status("measuring this machine"):
+        return this_machine(config)
+
+
+def _show_limits(plan: Plan, config: Config, hardware: Hardware | None) -> None:
+    """What this machine allows a process beside its memory, where the plan is for this machine."""
+    if hardware is not None and hardware.predicts:
+        return
+    memory, pool = host_memory(), plan.host_frames * plan.page_bytes
+    for name, limit in (("control group", memory.cgroup_limit_bytes), ("locked memory", memory.memlock_limit_bytes)):
+        if limit is not None and (name != "locked memory" or config.device.startswith("cuda")):
+            print(f"{name}: {format_bytes(limit)} allowed here; the host pool takes {format_bytes(pool)} of it")
+
+
+def _search(config: Config, hardware: Hardware | None, json: bool) -> None:
+    from angelptm.engine.search import Search
+    from angelptm.model.materialize import build_model
+
+    target = _target(config, hardware)
+    with Console(stderr=True).status("looking for settings") as status:
+        found = Search(config, build_model(config), target, hardware).run(status.update)
+    if json:
+        rows = [{"changes": dict(one.changes), **one.outlook.facts()} for one in found]
+        print(json_format.dumps({"proposals": rows}))
+        return
+    table = Table(title=f"on {target.name}, the fastest first; a step has the same sequences in all")
+    keys = [key for key in _SEARCHED if any(key in one.changes for one in found)]
+    for key in keys:
+        table.add_column(_SEARCHED[key], justify="right")
+    for column in ("tokens/s", "MFU", "bottleneck"):
+        table.add_column(column, justify="left" if column == "bottleneck" else "right")
+    for one in found:
+        late = f", {one.outlook.steps_behind:.1f} steps late" if one.outlook.steps_behind is not None else ""
+        bottleneck = one.outlook.prediction.bottleneck.replace("_", " ") + late
+        values = [_cell(one.changes.get(key, _value_of(config, key))) for key in keys]
+        table.add_row(*values, f"{one.outlook.tokens_per_s:,.0f}", f"{one.outlook.mfu:.0%}", bottleneck)
+    console = Console()
+    console.print(table)
+    exact = next((one for one in found if one.outlook.steps_behind is None), found[0])
+    sets = " ".join(f"--set {key}={_cell(value, 'true', 'false')}" for key, value in exact.changes.items())
+    console.print(f"fastest with exact updates: {sets}", highlight=False, soft_wrap=True, markup=False)
+
+
+_SEARCHED = {
+    "data.micro_batch_size": "micro",
+    "gradient_accumulation_steps": "times",
+    "gradient_checkpointing": "recompute",
+    "tiers.device": "device",
+    "page_size": "page",
+    "update.mode": "update",
+}
+"""Keys that a search changes, and their columns."""
+
+
+def _value_of(config: Config, key: str) -> Any:
+    """What a config has at a dotted key."""
+    found: Any = config.model_dump(mode="json")
+    for name in key.split("."):
+        found = found[name]
+    return found
+
+
+def _cell(value: Any, yes: str = "yes", no: str = "no") -> str:
+    return (yes if value else no) if isinstance(value, bool) else str(value)
+
+
+def _max_scale(config: Config, hardware: Hardware | None, json: bool) -> None:
+    from angelptm.engine.search import largest_that_fits
+
+    target = _target(config, hardware)
+    with Console(stderr=True).status("looking for the largest model") as status:
+        found = largest_that_fits(config, target, hardware, status.update)
+    if json:
+        facts = {"layers": found.layers, "parameters": found.parameters, "refusal": found.refusal}
+        print(json_format.dumps({**facts, **plan_summary(found.plan), **found.outlook.facts()}))
+        return
+    show_plan(found.plan, Console())
+    print(f"{found.layers} layers, {found.parameters / 1e9:.2f} B parameters; one more does not fit: {found.refusal}")
+    print(_describe(found.outlook, found.plan, config, target))
+
+
+def planned(config: Config, hardware: Hardware | None = None) -> tuple[nn.Module, Plan]:
+    """The config's model without its values, and its plan, with the commits that training would make; for the machine
+    that ``hardware`` describes, or for this one. Raises CapacityError where a budget is too small."""
     from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of  # not above, as they import torch
     from angelptm.model.materialize import build_model
     from angelptm.train.resume import as_trained
@@ -86,48 +205,31 @@ def planned(config: Config) -> tuple[nn.Module, Plan]:
     trained = as_trained(config)
     with Console(stderr=True).status("building the model without its values"):
         model = build_model(trained)
-    return model, plan_of(*lay_out(model, trained), trained, buffer_bytes_of(model))
+    return model, plan_of(*lay_out(model, trained), trained, buffer_bytes_of(model), hardware)
 
 
-def _foresee(config: Config, model: nn.Module, plan: Plan) -> tuple[Prediction, dict[str, float]]:
-    """A step as the simulator sees it, from shapes and from what this machine was measured to give."""
-    from angelptm.engine.foresight import Timed, activation_bytes_of, foresee
-    from angelptm.engine.machine import measure_machine
-    from angelptm.engine.planning import settings_of
+def _describe(outlook: Outlook, plan: Plan, config: Config, target: Target) -> str:
+    from angelptm.engine.outlook import device_needs, host_needs
 
-    console = Console(stderr=True)
-    with console.status("measuring this machine"):
-        rates, compute, device = measure_machine(config)
-    with console.status("going through a step without values"):
-        foreseen = foresee(model, config, plan, Timed(compute, config.precision, device))
-    trace = foreseen.with_gradient_copies(rates.gradient_bytes_per_s)
-    settings, lead = settings_of(config)
-    prediction = choose(plan, trace, rates, settings, lead=lead, seconds=_CHOOSING_SECONDS)[1]
-    # Filling the pages and the first steps, which move everything on demand, come before the steady step.
-    first = {"device": plan.arena.peak_frames * plan.page_bytes}
-    if plan.ssd_slots > plan.commit_slots:
-        first["host"] = plan.host_frames * plan.page_bytes
-    peaks = {tier: max(size, first.get(tier, 0)) for tier, size in prediction.peak_bytes.items()}
-    prediction = replace(prediction, peak_bytes=peaks)
-    seconds = prediction.step_seconds
-    written = sum(link["ssd_written"] for link in prediction.traffic.values())
-    return prediction, {
-        "tokens_per_s": trace.tokens_per_step / seconds,
-        "mfu": foreseen.model_flops / seconds / compute.flops_per_s[config.precision],
-        "model_flops": foreseen.model_flops,
-        "activation_bytes": activation_bytes_of(trace),
-        "ssd_written_bytes_per_day": written * 86400 / seconds,
-    }
-
-
-def _describe(prediction: Prediction, foreseen: dict[str, float]) -> str:
-    lines = [
-        f"{foreseen['tokens_per_s']:.0f} tokens/s, {foreseen['mfu']:.0%} of the device's rate (MFU)",
-        f"activations {format_bytes(int(foreseen['activation_bytes']))}, beside the device budget",
-    ]
-    if foreseen["ssd_written_bytes_per_day"]:
-        lines.append(f"SSD writes {format_bytes(int(foreseen['ssd_written_bytes_per_day']))} a day")
-    if not prediction.steady:
+    lines = [f"on {target.name}: {outlook.tokens_per_s:,.0f} tokens/s, {outlook.mfu:.0%} of the device's rate (MFU)"]
+    if config.gradient_accumulation_steps > 1:
+        lines.append(
+            f"a step of {config.gradient_accumulation_steps} micro-batches takes {outlook.step_seconds:,.1f} s"
+        )
+    lines.append(outlook.prediction.describe())
+    if outlook.steps_behind is not None:
+        lines.append(f"parameters are about {outlook.steps_behind:.1f} steps behind their gradients")
+    beside = outlook.activation_bytes, outlook.workspace_bytes
+    tiers = [("host", host_needs(plan, *beside, config), target.host_bytes)]
+    if target.device_bytes is not None:
+        tiers.insert(0, ("device", device_needs(plan, *beside), target.device_bytes))
+    for tier, needs, available in tiers:
+        said = ", ".join(f"{need.what} {format_bytes(need.bytes)}" for need in needs if need.bytes)
+        total = sum(need.bytes for need in needs)
+        lines.append(f"{tier} memory: {format_bytes(total)} of {format_bytes(available)}: {said}")
+    if outlook.ssd_written_bytes:
+        lines.append(f"SSD writes {format_bytes(int(outlook.ssd_written_bytes_per_day))} a day")
+    if not outlook.prediction.steady:
         lines.append("no two steps are alike: these are averages")
     return "\n".join(lines)
 

@@ -8,11 +8,11 @@ import json as json_format
 import mmap
 import os
 import platform
-import resource
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from angelptm.memory import host_memory, read_text
 from angelptm.sizes import format_bytes
 
 _PACKAGES = (
@@ -38,7 +39,6 @@ _PACKAGES = (
 _FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16", "asimd", "sve")
 _SYS_IO_URING_SETUP = 425  # the same number on every architecture but Alpha
 _IO_URING_PARAMS_BYTES = 120
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
 _BLOCK_BYTES = 4096
 
 
@@ -50,7 +50,7 @@ def collect_report(paths: Sequence[Path] = ()) -> dict[str, Any]:
     return {
         "versions": _versions(),
         "cpu": _cpu(),
-        "memory": _memory(),
+        "memory": asdict(host_memory()),
         "io_uring": _io_uring(),
         "paths": [_path(Path(path)) for path in (paths or [Path.cwd()])],
         "gpu": _gpu(),
@@ -115,7 +115,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    text = _read(Path("/proc/cpuinfo"))
+    text = read_text(Path("/proc/cpuinfo"))
     fields: dict[str, str] = {}
     for line in text.splitlines():
         name, _, value = line.partition(":")
@@ -129,32 +129,6 @@ def _cpu() -> dict[str, Any]:
         "cores_logical": psutil.cpu_count(),
         "cores_usable": len(os.sched_getaffinity(0)),
     }
-
-
-def _memory() -> dict[str, Any]:
-    memory = psutil.virtual_memory()
-    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return {
-        "total_bytes": memory.total,
-        "available_bytes": memory.available,
-        "swap_bytes": psutil.swap_memory().total,
-        "cgroup_limit_bytes": _cgroup_limit_bytes(),
-        "memlock_limit_bytes": None if locked == resource.RLIM_INFINITY else locked,
-    }
-
-
-def _cgroup_limit_bytes() -> int | None:
-    """The smallest memory limit on the way from this process's control group (version 2 or 1) up to the root."""
-    folders: list[Path] = []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers in ("", "memory"):
-            group = (_CGROUP_ROOT / controllers).joinpath(name.lstrip("/"))
-            folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(_CGROUP_ROOT)]
-    texts = [_read(folder / file).strip() for folder in folders for file in ("memory.max", "memory.limit_in_bytes")]
-    # Version 1 writes a number near 2**63 for "no limit".
-    limits = [int(text) for text in texts if text.isdecimal() and int(text) < 2**60]
-    return min(limits, default=None)
 
 
 def _io_uring() -> dict[str, Any]:
@@ -217,11 +191,3 @@ def _gpu() -> dict[str, Any]:
         return {"available": False, "devices": [], "cuda": torch.version.cuda}
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"available": True, "devices": names, "cuda": torch.version.cuda}
-
-
-def _read(path: Path) -> str:
-    """The text of a file of /proc or /sys; empty if it does not exist here."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

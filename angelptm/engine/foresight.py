@@ -34,6 +34,7 @@ _OPERATOR_SECONDS = 0.005  # that each is timed for, at least
 _MOST_SETS, _SPOILT_BYTES = 16, 96 * 2**20  # of tensors, to take turns with: more than caches hold
 _FREE = frozenset(
     {
+        "prim.device.default",
         "aten.view.default",
         "aten._unsafe_view.default",
         "aten.t.default",
@@ -51,7 +52,7 @@ _FREE = frozenset(
         "aten.lift_fresh.default",
     }
 )
-"""Operators that make views: they move nothing."""
+"""Operators that make views, or ask something of a tensor: they move nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,16 @@ class Operators(Protocol):
     """Says what an operator takes, in seconds."""
 
     def seconds(self, func: Any, args: Any, kwargs: Any, flops: int, moved: int) -> float: ...
+
+
+class Roofline:
+    """From rates alone, for a machine that is not this one. See :class:`Operators`."""
+
+    def __init__(self, rates: ComputeRates, precision: str) -> None:
+        self._rates, self._precision = rates, precision
+
+    def seconds(self, _func: Any, _args: Any, _kwargs: Any, flops: int, moved: int) -> float:
+        return self._rates.seconds(self._precision, flops, moved)
 
 
 class Timed:
@@ -141,6 +152,7 @@ class _Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operators = operators
         self.seconds = 0.0
         self.flops = 0
+        self.largest = 0  # bytes that one operator makes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,6 +163,7 @@ class _Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             flops = count(*args, **kwargs, out_val=out)
         moved = sum(tensor.numel() * tensor.itemsize for tensor in _tensors((args, kwargs, out)))
+        self.largest = max(self.largest, sum(tensor.numel() * tensor.itemsize for tensor in _tensors(out)))
         self.flops += flops
         self.seconds += self._operators.seconds(func, args, kwargs, flops, moved)
         return out
@@ -164,10 +177,35 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Foreseen:
-    """``model_flops`` of one step, matrix products alone and recomputation left out: what MFU is counted from."""
+    """``model_flops`` of one step, matrix products alone and recomputation left out: what MFU is counted from.
+    ``largest_bytes``: the most that one operator makes."""
 
     trace: Trace
     model_flops: int
+    largest_bytes: int
+
+    def repeated(self, count: int) -> Foreseen:
+        """The same with so many micro-batches one after the other: gradients are complete in the last of them."""
+        one = self.trace
+        length = len(one.uses)
+        uses = [replace(use, last=use.last + length * number) for number in range(count) for use in one.uses]
+        gradients = [
+            replace(
+                done,
+                use=done.use + length * (count - 1),
+                bytes=done.bytes * count,
+                copy_seconds=done.copy_seconds * count,
+            )
+            for done in one.gradients
+        ]
+        trace = replace(
+            one,
+            uses=tuple(uses),
+            gradients=tuple(gradients),
+            step_seconds=one.step_seconds * count,
+            tokens_per_step=one.tokens_per_step * count,
+        )
+        return Foreseen(trace, self.model_flops * count, self.largest_bytes)
 
     def with_gradient_copies(self, bytes_per_s: float) -> Trace:
         """The trace, with the time that the computing thread takes to bring gradients to their pages."""
@@ -176,18 +214,21 @@ class Foreseen:
 
 
 def foresee(model: nn.Module, config: Config, plan: Plan, operators: Operators) -> Foreseen:
-    """The trace of one step of ``model``, which needs no values and is left as it is.
+    """The trace of one step of ``model`` with a single micro-batch; the model needs no values and is left as it is.
 
-    With gradient accumulation the step has its micro-batches one after the other. Activations are what autograd would
-    keep; copying of gradients takes no time of its own, as on a device that does not compute meanwhile.
+    Activations are what autograd would keep; copying of gradients takes no time of its own, as on a device that does
+    not compute meanwhile. See Foreseen.repeated for steps of several micro-batches.
     """
-    trace, flops = _step(model, config, plan, operators, recompute=config.gradient_checkpointing)
+    trace, clock = _step(model, config, plan, operators, recompute=config.gradient_checkpointing)
+    flops = clock.flops
     if config.gradient_checkpointing:
-        _, flops = _step(model, config, plan, operators, recompute=False)
-    return Foreseen(trace, flops)
+        flops = _step(model, config, plan, operators, recompute=False)[1].flops
+    return Foreseen(trace, flops, clock.largest)
 
 
-def _step(model: nn.Module, config: Config, plan: Plan, operators: Operators, *, recompute: bool) -> tuple[Trace, int]:
+def _step(
+    model: nn.Module, config: Config, plan: Plan, operators: Operators, *, recompute: bool
+) -> tuple[Trace, _Clock]:
     model = copy.deepcopy(model)
     structure, _ = lay_out(model, config)
     if recompute:
@@ -205,18 +246,15 @@ def _step(model: nn.Module, config: Config, plan: Plan, operators: Operators, *,
         watch = _Watch(model, structure.sites, tracer, units, plan.grad_itemsize)
         model.train()
         with clock:
-            for _ in range(config.gradient_accumulation_steps):
-                with watch.saving():
-                    output = model(**_inputs(config))
-                output.loss.backward()
-                tracer.end_backward()
-                del output
-        data = config.data
-        tokens = data.sequence_length * data.micro_batch_size * config.gradient_accumulation_steps
-        ended = tracer.end_step(tokens, {"foreseen": True})
+            with watch.saving():
+                output = model(**_inputs(config))
+            output.loss.backward()
+            tracer.end_backward()
+            del output
+        ended = tracer.end_step(config.data.sequence_length * config.data.micro_batch_size, {"foreseen": True})
     assert ended, "a step has uses and gradients"
     assert tracer.trace is not None
-    return tracer.trace, clock.flops
+    return tracer.trace, clock
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:

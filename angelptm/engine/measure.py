@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import angelptm_native as native
 import torch
@@ -17,8 +17,7 @@ import torch
 from angelptm import kernels
 from angelptm.device import Device
 from angelptm.engine.dtypes import NATIVE_DTYPES
-from angelptm.plan import NOMINAL_RATES, Plan, Rates
-from angelptm.plan.transfers import transfers_of
+from angelptm.plan import NOMINAL_RATES, ChannelRates, Plan, Rates, rates_for
 from angelptm.states.codec import MASTER_FORMATS, MOMENT_FORMATS
 from angelptm.states.formats import BLOCK8, FP32, StateFormats
 
@@ -84,39 +83,28 @@ def measure_rates(
     for name, rate in (watched or {}).items():
         # A few transfers alone, among many in both directions, say little of how fast such ones can be.
         drive[name] = rate if name == "mixed_bytes_per_s" else min(rate, drive[name])
-    # Both directions at once have no more than each of them alone.
-    drive["mixed_bytes_per_s"] = min(drive["mixed_bytes_per_s"], drive["read_bytes_per_s"] + drive["write_bytes_per_s"])
     elements = max(1, min(_MOST_SCRATCH_ELEMENTS, max((s.elements for u in plan.units for s in u.spans), default=1)))
-    spans = [span for unit in plan.units for span in unit.spans]
-    scratch = _Scratch(elements, _usual_formats(plan), rule, grad_dtype, param_dtype)
-    total = sum(span.elements for span in spans) or 1
-    states_staged = sum(page.bytes for span in spans if span.states_home == "ssd" for page in span.states.pages) / total
-    old_params_staged = sum(span.old_param_ssd_bytes for unit in transfers_of(plan) for span in unit.spans) / total
-    params_staged = sum(span.elements for span in spans if span.param_home == "ssd") / total
-    check_seconds = _least_seconds(scratch.check) / (elements * 4)  # of a byte
-    kernel_seconds = _least_seconds(scratch.step) / elements
-    # What lives on the SSD is checked when it has come, and sealed before it is written.
-    checked_bytes = 2 * states_staged + old_params_staged + plan.param_itemsize * params_staged
+    scratch = Scratch(elements, usual_formats(plan), rule, grad_dtype, param_dtype)
     if device.copies_in is not None and device.copies_out is not None:
         in_seconds = _link_seconds(device, device.copies_in, store, inward=True)
         out_seconds = _link_seconds(device, device.copies_out, store, inward=False)
     else:
-        in_seconds = out_seconds = _least_seconds(scratch.copy) / (elements * 4)
-    sharing = _sharing(store, plan, _matmul(param_dtype, device), scratch.update)
-    return Rates(
+        in_seconds = out_seconds = scratch.copy_seconds()
+    channels = ChannelRates(
         ssd_read_bytes_per_s=drive["read_bytes_per_s"],
         ssd_write_bytes_per_s=drive["write_bytes_per_s"],
         ssd_mixed_bytes_per_s=drive["mixed_bytes_per_s"],
         ssd_latency_seconds=drive["latency_seconds"],
-        host_to_device_bytes_per_s=1 / (in_seconds + check_seconds * params_staged),
+        host_to_device_bytes_per_s=1 / in_seconds,
         device_to_host_bytes_per_s=1 / out_seconds,
-        update_elements_per_s=1 / (kernel_seconds + check_seconds * checked_bytes),
-        gradient_bytes_per_s=elements * param_dtype.itemsize / _least_seconds(scratch.accumulate),
+        update_elements_per_s=1 / scratch.step_seconds(),
+        checksum_bytes_per_s=1 / scratch.check_seconds(),
+        gradient_bytes_per_s=1 / scratch.accumulate_seconds(),
         cores=len(os.sched_getaffinity(0)),
         compute_uses_cores=device.torch_device.type == "cpu",
-        compute_threads=torch.get_num_threads(),
-        **vars(sharing),
     )
+    sharing = _sharing(store, plan, _matmul(param_dtype, device), scratch.update)
+    return replace(rates_for(plan, channels), compute_threads=torch.get_num_threads(), **vars(sharing))
 
 
 def _link_seconds(device: Device, stream: native.CopyStream, store: native.Store, *, inward: bool) -> float:
@@ -160,7 +148,7 @@ def _drive(store: native.Store, plan: Plan) -> dict[str, float]:
     return dict(found or _NOMINAL_DRIVE)
 
 
-def _usual_formats(plan: Plan) -> StateFormats:
+def usual_formats(plan: Plan) -> StateFormats:
     """Formats of the states of most elements."""
     counts: Counter[StateFormats] = Counter()
     for unit in plan.units:
@@ -170,7 +158,7 @@ def _usual_formats(plan: Plan) -> StateFormats:
     return counts.most_common(1)[0][0] if counts else FP32
 
 
-class _Scratch:
+class Scratch:
     """Memory like a span's, and what an update, a fetch and a gradient do with it."""
 
     def __init__(
@@ -225,16 +213,30 @@ class _Scratch:
 
     def update(self) -> None:
         self.step()
-        self.check()
+        self._check()
 
-    def check(self) -> None:
+    def _check(self) -> None:
         native.crc32c_at(self._master.data_ptr(), self._master.nbytes)
 
-    def copy(self) -> None:
+    def _copy(self) -> None:
         native.copy_bytes(self._copied.data_ptr(), self._master.data_ptr(), self._master.nbytes)
 
-    def accumulate(self) -> None:
+    def _accumulate(self) -> None:
         kernels.accumulate(self._grad, self._param, add=False)
+
+    def step_seconds(self) -> float:
+        """Of an element."""
+        return _least_seconds(self.step) / self._master.numel()
+
+    def check_seconds(self) -> float:
+        """Of a byte, as for all that follow."""
+        return _least_seconds(self._check) / self._master.nbytes
+
+    def copy_seconds(self) -> float:
+        return _least_seconds(self._copy) / self._master.nbytes
+
+    def accumulate_seconds(self) -> float:
+        return _least_seconds(self._accumulate) / self._param.nbytes
 
 
 def compute_speed(dtype: torch.dtype, device: Device) -> float:

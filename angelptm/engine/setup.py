@@ -15,6 +15,7 @@ from torch import nn
 
 from angelptm.checkpoint.slot_files import slot_file_bytes
 from angelptm.config import Config
+from angelptm.config.schema import Hardware
 from angelptm.errors import AngelPTMError
 from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, SweepBudget, make_plan
 from angelptm.states.formats import FP32, MOMENT_COUNT, StateFormats
@@ -116,14 +117,20 @@ def _free_bytes(folders: Sequence[Path]) -> list[int]:
     return [shutil.disk_usage(folder).free // devices.count(device) for folder, device in zip(existing, devices)]
 
 
-def budgets_of(config: Config, buffer_bytes: int = 0) -> Budgets:
+def budgets_of(config: Config, buffer_bytes: int = 0, hardware: Hardware | None = None) -> Budgets:
     """The config's budgets, with the disks' free space as it is now: what the run's own slot files take already, which
-    it will use again, counts as free. ``buffer_bytes``: of the model's buffers, which commits hold."""
+    it will use again, counts as free. ``buffer_bytes``: of the model's buffers, which commits hold. ``hardware``: of
+    the machine that is planned for, if it is another one; its drives and cores count then."""
     folders = [folder.path for folder in config.tiers.ssd]
     commits = config.checkpoint.folder
     free = _free_bytes([*folders, *([commits] if commits is not None else [])])
     if commits is not None:
         free = [size + own for size, own in zip(free, slot_file_bytes(commits, [*folders, commits]))]
+    cores = len(os.sched_getaffinity(0))
+    if hardware is not None:
+        for index, one in enumerate(hardware.ssd[: len(free)]):
+            free[index] = one.capacity or free[index]
+        cores = hardware.host.cores if hardware.host is not None else cores
     return Budgets(
         page_bytes=config.page_size,
         device_bytes=config.tiers.device,
@@ -139,7 +146,7 @@ def budgets_of(config: Config, buffer_bytes: int = 0) -> Budgets:
         queue_depth=config.io.queue_depth,
         states_on_device=config.device == "cpu",  # where the CPU updates them in place
         device_is_apart=config.device != "cpu",
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores,
         sweep=_sweep_budget(config),
         commits=None
         if commits is None
@@ -161,12 +168,18 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def plan_of(structure: Structure, layouts: Sequence[UnitLayout], config: Config, buffer_bytes: int = 0) -> Plan:
-    """The plan; raises CapacityError when something does not fit. See budgets_of for ``buffer_bytes``."""
+def plan_of(
+    structure: Structure,
+    layouts: Sequence[UnitLayout],
+    config: Config,
+    buffer_bytes: int = 0,
+    hardware: Hardware | None = None,
+) -> Plan:
+    """The plan; raises CapacityError when something does not fit. See budgets_of for the last two."""
     return make_plan(
         layouts,
         [(site.units, site.depth) for site in structure.sites],
-        budgets_of(config, buffer_bytes),
+        budgets_of(config, buffer_bytes, hardware),
         param_itemsize=ITEMSIZE[config.precision],
         grad_itemsize=ITEMSIZE[grad_precision(config)],
         moment_count=MOMENT_COUNT[config.optimizer.type],

@@ -15,7 +15,7 @@ from angelptm.plan.describe import plan_rows, plan_summary
 from angelptm.plan.jsonfile import PlanFileError
 from angelptm.plan.moves import make_schedule, planned_offsets
 from angelptm.plan.prediction import Prediction, Settings
-from angelptm.plan.rates import NOMINAL_RATES, Rates
+from angelptm.plan.rates import NOMINAL_RATES, ChannelRates, Rates, rates_for
 from angelptm.plan.schedule import CopyOut, Fetch, Schedule, Traffic, WriteBack
 from angelptm.plan.simulate import simulate
 from angelptm.plan.trace import GradientDone, Trace, Use, synthetic_trace
@@ -24,6 +24,7 @@ __all__ = [
     "NOMINAL_RATES",
     "ArenaPlacement",
     "Budgets",
+    "ChannelRates",
     "CommitBudget",
     "CopyOut",
     "Event",
@@ -52,6 +53,7 @@ __all__ = [
     "plan_rows",
     "plan_summary",
     "planned_offsets",
+    "rates_for",
     "simulate",
     "synthetic_trace",
     "windows_of",

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from angelptm.plan import jsonfile
+from angelptm.plan.budget import Plan
+from angelptm.plan.transfers import transfers_of
 
 _KIND, _VERSION = "angelptm rates", 3
 _REMEDY = "Measure the machine's rates anew."
@@ -89,6 +91,51 @@ NOMINAL_RATES = Rates(
     compute_uses_cores=True,
 )
 """Of a common small machine with an NVMe drive: for what is planned without measuring one."""
+
+
+@dataclass(frozen=True)
+class ChannelRates:
+    """What a machine's channels give by themselves, whatever runs over them; elements and bytes per second of one core
+    where cores work."""
+
+    ssd_read_bytes_per_s: float
+    ssd_write_bytes_per_s: float
+    ssd_mixed_bytes_per_s: float
+    ssd_latency_seconds: float
+    host_to_device_bytes_per_s: float
+    device_to_host_bytes_per_s: float
+    update_elements_per_s: float
+    checksum_bytes_per_s: float
+    gradient_bytes_per_s: float
+    cores: int
+    compute_uses_cores: bool
+
+
+def rates_for(plan: Plan, channels: ChannelRates) -> Rates:
+    """The rates that a plan's pages meet: what lives on the SSD is checked when it has come, and sealed before it is
+    written, by the thread that updates or fetches it."""
+    spans = [span for unit in plan.units for span in unit.spans]
+    total = sum(span.elements for span in spans) or 1
+    states_staged = sum(page.bytes for span in spans if span.states_home == "ssd" for page in span.states.pages) / total
+    old_params_staged = sum(span.old_param_ssd_bytes for unit in transfers_of(plan) for span in unit.spans) / total
+    params_staged = sum(span.elements for span in spans if span.param_home == "ssd") / total
+    checked_bytes = 2 * states_staged + old_params_staged + plan.param_itemsize * params_staged
+    return Rates(
+        ssd_read_bytes_per_s=channels.ssd_read_bytes_per_s,
+        ssd_write_bytes_per_s=channels.ssd_write_bytes_per_s,
+        # Both directions at once have no more than each of them alone.
+        ssd_mixed_bytes_per_s=min(
+            channels.ssd_mixed_bytes_per_s, channels.ssd_read_bytes_per_s + channels.ssd_write_bytes_per_s
+        ),
+        ssd_latency_seconds=channels.ssd_latency_seconds,
+        host_to_device_bytes_per_s=1
+        / (1 / channels.host_to_device_bytes_per_s + params_staged / channels.checksum_bytes_per_s),
+        device_to_host_bytes_per_s=channels.device_to_host_bytes_per_s,
+        update_elements_per_s=1 / (1 / channels.update_elements_per_s + checked_bytes / channels.checksum_bytes_per_s),
+        gradient_bytes_per_s=channels.gradient_bytes_per_s,
+        cores=channels.cores,
+        compute_uses_cores=channels.compute_uses_cores,
+    )
 
 
 def _or_none(fields: jsonfile.Fields, name: str) -> float | None:

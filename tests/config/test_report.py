@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from angelptm import memory
 from angelptm.cli import report as subject
 
 
@@ -51,10 +52,10 @@ def test_smallest_limit_of_the_control_groups_counts(tmp_path: Path, monkeypatch
     (tmp_path / "a" / "b" / "memory.max").write_text("max\n")
     (tmp_path / "a" / "memory.max").write_text("1000\n")
     (tmp_path / "memory.max").write_text("2000\n")
-    read = subject._read
-    monkeypatch.setattr(subject, "_CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(subject, "_read", lambda path: "0::/a/b\n" if path.name == "cgroup" else read(path))
-    assert subject._cgroup_limit_bytes() == 1000
+    read = memory.read_text
+    monkeypatch.setattr(memory, "_CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(memory, "read_text", lambda path: "0::/a/b\n" if path.name == "cgroup" else read(path))
+    assert memory.host_memory().cgroup_limit_bytes == 1000
 
 
 def test_refused_io_uring_and_o_direct_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

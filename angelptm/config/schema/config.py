@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -13,11 +15,12 @@ from typing_extensions import Self
 
 from angelptm.config.problem import config_error
 from angelptm.config.schema.execution import Checkpoint, Execution, Io, Units, Update
-from angelptm.config.schema.hardware import read_hardware
+from angelptm.config.schema.hardware import Hardware, load_hardware, tuned_io
 from angelptm.config.schema.optimizer import Optimizer
 from angelptm.config.schema.tiers import Placement, Tiers
 from angelptm.config.schema.training import Data, Model, Schedule, Training
 from angelptm.config.schema.types import Bytes, Section, UserPath, expected
+from angelptm.config.sizing import AUTO, hardware_path, sized
 
 _MIN_PAGE_BYTES = 64 * 2**10
 _DEVICE = re.compile(r"cpu|late|cuda(:\d{1,3})?")
@@ -46,8 +49,11 @@ class Config(Section):
     gradient_clipping: float | None = Field(default=None, gt=0, description="Max global gradient norm. null: off.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute the blocks' activations in backward.")
-    hardware: UserPath | None = Field(
-        default=None, description="YAML written by `angelptm io tune`; gives io.backend and io.queue_depth if not set."
+    hardware: Literal["auto"] | UserPath | None = Field(
+        default=None,
+        description="YAML that `angelptm measure` or `angelptm io tune` wrote, or that describes a machine: gives "
+        "io.backend and io.queue_depth if not set, sizes for tiers that are auto, and rates to `angelptm plan`. auto: "
+        "`angelptm plan` measures this machine.",
     )
     model: Model = Field(default=Model(), description="The model to build; not needed for a module of your own.")
     data: Data = Field(default=Data(), description="The tokens to train on.")
@@ -60,6 +66,17 @@ class Config(Section):
             super().__init__(**values)
         except ValidationError as error:
             raise config_error(error, Config) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_for_auto(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not isinstance(tiers := values.get("tiers"), Mapping):
+            return values
+        if AUTO not in [tiers.get(name) for name in ("device", "host", "ssd") if isinstance(tiers.get(name), str)]:
+            return values
+        path = hardware_path(values.get("hardware"))
+        hardware = None if path is None else load_hardware(path)
+        return {**values, "tiers": sized(tiers, values.get("device", "cpu"), hardware)}
 
     @field_validator("device", mode="before")
     @classmethod
@@ -115,9 +132,15 @@ class Config(Section):
                 key="schedule.warmup_steps",
                 value=self.schedule.warmup_steps,
             )
-        if self.hardware is not None:
-            object.__setattr__(self, "io", _io_from_hardware(self.io, read_hardware(self.hardware)))
+        described = self.described_hardware()
+        if described is not None:
+            assert isinstance(self.hardware, Path)
+            object.__setattr__(self, "io", _io_from_hardware(self.io, tuned_io(described, self.hardware)))
         return self
+
+    def described_hardware(self) -> Hardware | None:
+        """What the hardware file says; None without one. Raises ConfigError."""
+        return load_hardware(self.hardware) if isinstance(self.hardware, Path) else None
 
     def _expect_states(self) -> None:
         """A split master needs a parameter that is its upper half."""

@@ -26,9 +26,14 @@ class SsdPath(Section):
 class Tiers(Section):
     """The budgets. They are hard: a tier never holds more than this, and a run that cannot fit is refused."""
 
-    device: Bytes = Field(ge=1, description="Bytes of the device arena (GPU memory, emulated on device: cpu).")
-    host: Bytes = Field(ge=1, description="Bytes of the host (DRAM) page pool.")
-    ssd: list[SsdPath] = Field(default=[], description="Folders of the SSD tier. Empty: no SSD tier.")
+    device: Bytes = Field(
+        ge=1,
+        description="Bytes of the device arena (GPU memory, emulated on device: cpu). auto: from the machine's memory.",
+    )
+    host: Bytes = Field(ge=1, description="Bytes of the host (DRAM) page pool. auto: what the machine can spare.")
+    ssd: list[SsdPath] = Field(
+        default=[], description="Folders of the SSD tier. Empty: no SSD tier. auto: the hardware file's."
+    )
     keep_freed: BytesOrAuto = Field(
         default="auto",
         description="On device: cpu, memory that a step freed and that may stay for what it allocates next; what "
