@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROCESS_BYTES = 2**30
+"""What Python, torch and transformers take of the host's memory, beside pages and activations."""
 
 
 @dataclass(frozen=True)

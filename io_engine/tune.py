@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import os
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ class TunePlan:
 
 
 def tune(plan: TunePlan, progress: Progress) -> dict[str, Any]:
-    """The content of the hardware file: ``ssd`` (rates of each path in bytes/s), ``io`` (backend, queue_depth,
-    block_bytes), ``machine``, ``date``."""
+    """The content of the hardware file: ``ssd`` (free bytes, and rates in bytes/s, of each path), ``io`` (backend,
+    queue_depth, block_bytes), ``machine``, ``date``."""
     # The Python backends are there for comparison; training uses the native engine.
     native = [backend for backend, refusal in working_backends().items() if not refusal and backend in _NATIVE]
     if not native:
@@ -63,7 +64,14 @@ def tune(plan: TunePlan, progress: Progress) -> dict[str, Any]:
             with_fio=False,
         )
         rates = {result["op"]: int(result["bytes_per_s"]) for result in run_bench(final, progress)["results"]}
-        ssd.append({"path": os.path.abspath(path), **{f"{op}_bytes_per_s": rates[op] for op in OPS}})
+        ssd.append(
+            {
+                "path": os.path.abspath(path),
+                "capacity": shutil.disk_usage(path).free,
+                **{f"{op}_bytes_per_s": rates[op] for op in OPS},
+                "latency_seconds": _latency_seconds(path, plan, best["backend"], progress),
+            }
+        )
     return {
         "ssd": ssd,
         "io": best,
@@ -72,7 +80,16 @@ def tune(plan: TunePlan, progress: Progress) -> dict[str, Any]:
     }
 
 
+def _latency_seconds(path: str, plan: TunePlan, backend: str, progress: Progress) -> float:
+    """Of a read of one small block by itself."""
+    alone = BenchPlan(
+        path, _LATENCY_FILE_BYTES, [_LATENCY_BLOCK_BYTES], [1], [backend], ("read",), plan.rounds, with_fio=False
+    )
+    return float(run_bench(alone, progress)["results"][0]["latency_p50_s"])
+
+
 _NATIVE = ("uring", "threads")
+_LATENCY_FILE_BYTES, _LATENCY_BLOCK_BYTES = 4 * 2**20, 4096
 
 
 def best_settings(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

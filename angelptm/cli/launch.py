@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from angelptm.cli.plan import planned, show_plan
 from angelptm.cli.report import collect_report
 from angelptm.cli.train import ConfigPath, Overrides
 from angelptm.config import Config, load_config
+from angelptm.errors import AngelPTMError
+from angelptm.memory import PROCESS_BYTES, read_text
 from angelptm.sizes import format_bytes
 
-_PROCESS_BYTES = 2**30  # Python, torch, transformers, and activations of a small batch
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
 _EXPLAINED = 2  # train's exit code for an error that its message explains: to try again would not help
 _PAUSE_SECONDS = 1.0  # before a restart, doubled each time
 _MOST_PAUSE_SECONDS = 60.0
@@ -39,7 +42,7 @@ def findings(config: Config, host_bytes: int, report: Mapping[str, Any]) -> list
     makes it of the SSD folders."""
     found = []
     memory = report["memory"]
-    needed = host_bytes + _PROCESS_BYTES + (0 if config.device.startswith("cuda") else config.tiers.device)
+    needed = host_bytes + PROCESS_BYTES + (0 if config.device.startswith("cuda") else config.tiers.device)
     limits = {"available memory": memory["available_bytes"], "this control group's limit": memory["cgroup_limit_bytes"]}
     for name, limit in limits.items():
         if limit is not None and limit < needed:
@@ -100,6 +103,12 @@ def launch(
     restarts: Annotated[
         int, typer.Option("--restarts", min=0, help="How often in a row to go on without a new commit in between.")
     ] = 3,
+    cores: Annotated[
+        str,
+        typer.Option(
+            "--cores", help="Cores for the run, for example 0-15,32: auto takes those next to the GPU, all means any."
+        ),
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the checks and the plan.")] = False,
 ) -> None:
     """Checks the machine, shows the plan, trains, and goes on from the last commit when the process dies."""
@@ -109,8 +118,11 @@ def launch(
     if loaded.run_dir is None:
         overrides.append(f"run_dir=runs/{time.strftime('%Y%m%d-%H%M%S')}")  # so that all its processes share it
         loaded = load_config(config, overrides)
+    bound = chosen_cores(cores, loaded.device)
     _, plan = planned(loaded)
     show_plan(plan, console)
+    if bound is not None:
+        console.print(f"bound to {len(bound)} cores: {_written(bound)}", highlight=False)
     with console.status("looking at this machine"):
         found = findings(
             loaded, plan.host_frames * plan.page_bytes, collect_report([one.path for one in loaded.tiers.ssd])
@@ -122,7 +134,62 @@ def launch(
         raise typer.Exit(_EXPLAINED)
     if dry_run:
         return
+    if bound is not None:
+        os.sched_setaffinity(0, bound)  # which the training process inherits
     raise typer.Exit(_supervise(config, overrides, loaded, restarts, console))
+
+
+def chosen_cores(text: str, device: str) -> set[int] | None:
+    """Cores to run on, None for any. Raises AngelPTMError for what names no core that this process may have."""
+    allowed = os.sched_getaffinity(0)
+    if text == "all":
+        return None
+    if text == "auto":
+        near = _cores_near(device) & allowed
+        return near if near and near != allowed else None
+    cores = _listed(text)
+    if not cores or not cores <= allowed:
+        raise AngelPTMError(
+            f"--cores: found {text!r}, expected cores of {_written(allowed)}, as in 0-3,8; or auto, or all."
+        )
+    return cores
+
+
+def _cores_near(device: str) -> set[int]:
+    """Those of the NUMA node that the GPU is attached to; none where the system does not say."""
+    if not device.startswith("cuda"):
+        return set()
+    import torch
+
+    if not torch.cuda.is_available():
+        return set()
+    of: Any = torch.cuda.get_device_properties(int(device.partition(":")[2] or 0))
+    if not hasattr(of, "pci_bus_id"):  # before torch 2.5
+        return set()
+    name = f"{of.pci_domain_id:04x}:{of.pci_bus_id:02x}:{of.pci_device_id:02x}.0"
+    return _listed(read_text(_PCI_DEVICES / name / "local_cpulist").strip()) or set()
+
+
+def _listed(text: str) -> set[int] | None:
+    """The cores of a list as the system writes them: 0-3,8. None for what is no such list."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            return None
+        found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _written(cores: set[int]) -> str:
+    """As ``_listed`` reads it."""
+    runs: list[list[int]] = []
+    for core in sorted(cores):
+        if runs and core == runs[-1][-1] + 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _supervise(path: Path, overrides: Sequence[str], config: Config, restarts: int, console: Console) -> int:

@@ -13,6 +13,7 @@ import typer
 from angelptm.cli.checkpoint import app as checkpoint_app
 from angelptm.cli.checkpoint_tables import printable
 from angelptm.cli.launch import launch
+from angelptm.cli.measure import measure
 from angelptm.cli.plan import plan
 from angelptm.cli.report import report
 from angelptm.cli.trace import trace
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command(cls=ResumeCommand)(train)
 app.command()(launch)
 app.command()(plan)
+app.command()(measure)
 app.command()(trace)
 app.command()(report)
 app.add_typer(checkpoint_app, name="checkpoint")

@@ -139,7 +139,7 @@ def _search(config: Config, hardware: Hardware | None, json: bool) -> None:
         rows = [{"changes": dict(one.changes), **one.outlook.facts()} for one in found]
         print(json_format.dumps({"proposals": rows}))
         return
-    table = Table(title=f"on {target.name}, the fastest first; a step has the same sequences in all")
+    table = Table(title=f"on {target.name}, the fastest first")
     keys = [key for key in _SEARCHED if any(key in one.changes for one in found)]
     for key in keys:
         table.add_column(_SEARCHED[key], justify="right")
@@ -150,13 +150,14 @@ def _search(config: Config, hardware: Hardware | None, json: bool) -> None:
         bottleneck = one.outlook.prediction.bottleneck.replace("_", " ") + late
         values = [_cell(one.changes.get(key, _value_of(config, key))) for key in keys]
         table.add_row(*values, f"{one.outlook.tokens_per_s:,.0f}", f"{one.outlook.mfu:.0%}", bottleneck)
-    console = Console()
+    console = Console(width=max(Console().width, _TABLE_WIDTH))
     console.print(table)
     exact = next((one for one in found if one.outlook.steps_behind is None), found[0])
     sets = " ".join(f"--set {key}={_cell(value, 'true', 'false')}" for key, value in exact.changes.items())
     console.print(f"fastest with exact updates: {sets}", highlight=False, soft_wrap=True, markup=False)
 
 
+_TABLE_WIDTH = 100
 _SEARCHED = {
     "data.micro_batch_size": "micro",
     "gradient_accumulation_steps": "times",
@@ -213,9 +214,13 @@ def _describe(outlook: Outlook, plan: Plan, config: Config, target: Target) -> s
 
     lines = [f"on {target.name}: {outlook.tokens_per_s:,.0f} tokens/s, {outlook.mfu:.0%} of the device's rate (MFU)"]
     if config.gradient_accumulation_steps > 1:
-        lines.append(
-            f"a step of {config.gradient_accumulation_steps} micro-batches takes {outlook.step_seconds:,.1f} s"
+        takes = f"a step of {config.gradient_accumulation_steps} micro-batches takes {outlook.step_seconds:,.1f} s"
+        of_it = (
+            f"; with {outlook.micro_batches} of them:"
+            if outlook.micro_batches < config.gradient_accumulation_steps
+            else ""
         )
+        lines.append(takes + of_it)
     lines.append(outlook.prediction.describe())
     if outlook.steps_behind is not None:
         lines.append(f"parameters are about {outlook.steps_behind:.1f} steps behind their gradients")

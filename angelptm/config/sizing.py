@@ -10,6 +10,7 @@ from typing import Any
 from angelptm.config.schema.hardware import Hardware
 from angelptm.config.schema.types import expected
 from angelptm.memory import gpu_memory_bytes, host_memory
+from angelptm.sizes import parse_bytes
 
 AUTO = "auto"
 # What a process takes beside its pages: Python, torch, a small batch's activations.
@@ -22,9 +23,11 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the host that a run may have, and of the device, None where that is the host's."""
+    """Bytes of the host that a run may have, and may page-lock, None where there is no limit; and of the device, None
+    where that is the host's."""
 
     host_bytes: int
+    locked_bytes: int | None
     device_bytes: int | None
 
 
@@ -61,8 +64,10 @@ def sized(tiers: Mapping[str, Any], device: object, hardware: Hardware | None) -
         found["device"] = size // _MIB * _MIB
     if found.get("host") == AUTO:
         left = memory.host_bytes - max(_LEAST_REST_BYTES, memory.host_bytes // _REST_PART)
-        if not on_gpu and isinstance(found["device"], int):
-            left -= found["device"]
+        if not on_gpu:
+            left -= _bytes_of(found.get("device"))
+        elif memory.locked_bytes is not None:  # the pool is page-locked
+            left = min(left, memory.locked_bytes)
         if left < _MIB:
             raise expected(
                 f"a size, as this machine's memory of {memory.host_bytes} bytes leaves nothing for pages",
@@ -73,21 +78,26 @@ def sized(tiers: Mapping[str, Any], device: object, hardware: Hardware | None) -
     return found
 
 
+def _bytes_of(size: Any) -> int:
+    """0 of what is no size, which the config refuses soon."""
+    try:
+        return parse_bytes(size)
+    except ValueError:
+        return 0
+
+
 def _of_hardware(hardware: Hardware) -> Memory:
     assert hardware.host is not None
-    return Memory(hardware.host.memory, None if hardware.device is None else hardware.device.memory)
+    return Memory(hardware.host.memory, None, None if hardware.device is None else hardware.device.memory)
 
 
 def _of_machine(device: object) -> Memory:
     found = host_memory()
-    host = found.allowed_bytes
+    gpu = None
     if isinstance(device, str) and device.startswith("cuda"):
         _, _, index = device.partition(":")
-        if found.memlock_limit_bytes is not None:  # the pool is page-locked
-            rest = max(_LEAST_REST_BYTES, host // _REST_PART)
-            host = min(host, found.memlock_limit_bytes + rest)
-        return Memory(host, gpu_memory_bytes(int(index) if index.isdecimal() else 0))
-    return Memory(host, None)
+        gpu = gpu_memory_bytes(int(index) if index.isdecimal() else 0)
+    return Memory(found.allowed_bytes, found.memlock_limit_bytes, gpu)
 
 
 def hardware_path(value: object) -> Path | None:

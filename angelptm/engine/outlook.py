@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,15 +16,13 @@ from angelptm.engine.machine import measure_machine
 from angelptm.engine.measure import usual_formats
 from angelptm.engine.planning import settings_of
 from angelptm.errors import CapacityError, ConfigError
-from angelptm.memory import gpu_memory_bytes, host_memory
+from angelptm.memory import PROCESS_BYTES, gpu_memory_bytes, host_memory
 from angelptm.plan import NOMINAL_RATES, ChannelRates, Plan, Prediction, Rates, Trace, choose, rates_for
 from angelptm.sizes import format_bytes
 from angelptm.states.formats import FP32
 
 _CHOOSING_SECONDS = 20.0
-_MICRO_BATCHES = 3  # that are simulated; each more takes as long as the last of them
-PROCESS_BYTES = 2**30
-"""Python, torch and transformers."""
+_FEW, _MANY = 3, 48  # micro-batches that are simulated: at least, and at most
 CONTEXT_BYTES = 768 * 2**20
 """What CUDA and its libraries take of a GPU's memory."""
 _UNHINDERED = 1e18  # of a channel that nothing waits for, per second
@@ -122,11 +121,13 @@ def _channels(hardware: Hardware, plan: Plan, folders: int) -> ChannelRates:
 
 @dataclass(frozen=True)
 class Outlook:
-    """A step, all its micro-batches included. ``mfu`` is a part of 1; ``activation_bytes`` and ``workspace_bytes`` are
-    beside the device arena; ``steps_behind`` is None unless the mode lets parameters lack gradients."""
+    """A step, all its micro-batches included; ``prediction`` and ``trace`` are of ``micro_batches`` of them. ``mfu``
+    is a part of 1; ``activation_bytes`` and ``workspace_bytes`` are beside the device arena; ``steps_behind`` is None
+    unless the mode lets parameters lack gradients."""
 
     prediction: Prediction
     trace: Trace
+    micro_batches: int
     step_seconds: float
     tokens_per_step: int
     model_flops: int
@@ -165,8 +166,7 @@ def look_ahead(model: nn.Module, config: Config, plan: Plan, target: Target) -> 
 
 def outlook_of(foreseen: Foreseen, config: Config, plan: Plan, target: Target, seconds: float) -> Outlook:
     """Of a step of the config, a micro-batch of which has been foreseen. ``seconds``: to choose a schedule in."""
-    simulated = min(config.gradient_accumulation_steps, _MICRO_BATCHES)
-    several = foreseen.repeated(simulated)
+    count = config.gradient_accumulation_steps
     rates, (settings, lead) = target.rates(plan), settings_of(config)
     waited = rates
     if config.update.is_swept:  # nobody waits for an update, nor for the drive, which only states use
@@ -179,11 +179,20 @@ def outlook_of(foreseen: Foreseen, config: Config, plan: Plan, target: Target, s
         )
     # On a device of its own, gradients leave while it computes on.
     copies = waited.gradient_bytes_per_s if waited.compute_uses_cores else _UNHINDERED
-    trace = several.with_gradient_copies(copies)
-    _, prediction = choose(plan, trace, waited, settings, lead=lead, seconds=seconds)
-    step, count = prediction.step_seconds, config.gradient_accumulation_steps
-    if count > simulated:
-        step += (count - simulated) * _inner_seconds(prediction, len(foreseen.trace.uses))
+
+    def simulated(micro_batches: int, seconds: float) -> tuple[Trace, Prediction]:
+        trace = foreseen.repeated(micro_batches).with_gradient_copies(copies)
+        return trace, choose(plan, trace, waited, settings, lead=lead, seconds=seconds)[1]
+
+    micro_batches = min(count, _FEW)
+    trace, prediction = simulated(micro_batches, seconds)
+    step, uses = prediction.step_seconds, len(foreseen.trace.uses)
+    if count > _FEW:
+        # So many that what the drive and the updates still do of the former step is done while they compute.
+        inner = _inner_seconds(prediction, uses)
+        micro_batches = min(count, _MANY, _FEW + math.ceil(step / inner))
+        trace, prediction = simulated(micro_batches, 0.0)
+        step = prediction.step_seconds + (count - micro_batches) * _inner_seconds(prediction, uses)
     flops = foreseen.model_flops * count
     # Filling the pages and the first steps, which move everything on demand, come before the steady step.
     first = {"device": plan.arena.peak_frames * plan.page_bytes}
@@ -193,6 +202,7 @@ def outlook_of(foreseen: Foreseen, config: Config, plan: Plan, target: Target, s
     return Outlook(
         prediction=replace(prediction, peak_bytes=peaks),
         trace=trace,
+        micro_batches=micro_batches,
         step_seconds=step,
         tokens_per_step=foreseen.trace.tokens_per_step * count,
         model_flops=flops,
@@ -205,14 +215,14 @@ def outlook_of(foreseen: Foreseen, config: Config, plan: Plan, target: Target, s
 
 
 def _inner_seconds(prediction: Prediction, uses: int) -> float:
-    """Of the second of three micro-batches of so many uses: no update begins in it."""
+    """Of the second of several micro-batches of so many uses: no update is waited for, and none begins in it."""
     entered = [
         event.start
         for event in prediction.events
         if event.lane == "compute" and event.name.split(" ", 1)[0] in ("forward", "recompute", "backward")
     ]
     if len(entered) <= 2 * uses:  # of steps of which none is like the one before
-        return prediction.step_seconds / _MICRO_BATCHES
+        return prediction.step_seconds / _FEW
     return entered[2 * uses] - entered[uses]
 
 

@@ -22,7 +22,7 @@ _PAGE_SIZES = (2**20, 4 * 2**20, 16 * 2**20)
 _CHOOSING_SECONDS = 3.0
 _SLOWER = 0.98  # than the best so far: larger micro-batches are not tried then
 # What a family's models differ in, first that which decides its name; all of them get the same number.
-_LAYER_KEYS = (("n_layer",), ("num_hidden_layers",), ("num_layers", "num_decoder_layers"))
+_LAYER_KEYS = (("num_layers", "num_decoder_layers"), ("n_layer",), ("num_hidden_layers",))
 
 Progress = Callable[[str], None]
 
@@ -195,8 +195,8 @@ def largest_that_fits(config: Config, target: Target, hardware: Hardware | None,
 def _layer_keys(model: nn.Module) -> tuple[str, ...]:
     config = getattr(model, "config", None)
     for keys in _LAYER_KEYS:
-        if config is not None and hasattr(config, keys[0]):
-            return tuple(key for key in keys if hasattr(config, key))
+        if config is not None and all(hasattr(config, key) for key in keys):
+            return keys
     raise AngelPTMError(
         f"--max-scale: {type(model).__name__} has no number of layers that is known: "
         f"expected one of {', '.join(keys[0] for keys in _LAYER_KEYS)} in its configuration."

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import yaml
 
-from angelptm.cli.launch import findings
+from angelptm.cli.launch import chosen_cores, findings
 from angelptm.config import load_config
+from angelptm.errors import AngelPTMError
 
 GIB = 2**30
 ROOT = Path(__file__).parents[2]
@@ -86,6 +88,30 @@ def test_what_is_missing_is_named(
     assert re.search(said, found[0].text)
 
 
+def test_cores_are_those_that_are_named_or_that_are_near_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert chosen_cores("all", "cuda") is None
+    assert chosen_cores("0-3,8", "cuda") == {0, 1, 2, 3, 8}
+    for text in ("", "3-1", "0-16", "0..3", "none"):
+        with pytest.raises(AngelPTMError, match="expected cores of 0-15"):
+            chosen_cores(text, "cpu")
+    assert chosen_cores("auto", "cpu") is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert chosen_cores("auto", "cuda") is None
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: {1: gpu}[index])
+    monkeypatch.setattr("angelptm.cli.launch._PCI_DEVICES", tmp_path)
+    assert chosen_cores("auto", "cuda:1") is None
+    (tmp_path / "0000:3b:00.0").mkdir()
+    (tmp_path / "0000:3b:00.0/local_cpulist").write_text("8-15,24-31\n")
+    assert chosen_cores("auto", "cuda:1") == set(range(8, 16))
+    (tmp_path / "0000:3b:00.0/local_cpulist").write_text("0-31\n")
+    assert chosen_cores("auto", "cuda:1") is None
+
+
 def small(folder: Path, **training: Any) -> Path:
     path = folder / "config.yaml"
     content = {
@@ -141,7 +167,7 @@ def test_run_that_is_asked_to_end_is_not_started_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_dry_run_shows_the_plan_and_begins_nothing(tmp_path: Path) -> None:
-    launched = start(str(small(tmp_path)), "--dry-run")
+    launched = start(str(small(tmp_path)), "--cores", "0", "--dry-run")
     said, _ = launched.communicate(timeout=120)
     assert launched.returncode == 0, said
     assert "fits." in said

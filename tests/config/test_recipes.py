@@ -13,7 +13,7 @@ from angelptm.model.materialize import build_model
 from angelptm.model.presets import PRESETS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path for path in CONFIGS.rglob("*.*") if path.is_file())
+RECIPES = sorted(path for path in CONFIGS.rglob("*.*") if path.is_file() and path.parent.name != "hardware")
 # Parameters in billions, from the papers' tables and the published weights.
 SIZES = {
     "gpt3-125m": 0.125, "gpt3-350m": 0.355, "gpt3-760m": 0.76, "gpt3-1.3b": 1.32, "gpt3-2.7b": 2.65, "gpt3-6.7b": 6.66,

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from angelptm.config import Config, load_config
-from angelptm.engine.foresight import ComputeRates, Foreseen, Timed, activation_bytes_of, foresee
+from angelptm.engine.foresight import ComputeRates, Foreseen, Roofline, Timed, activation_bytes_of, foresee
 from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
 from angelptm.model.materialize import build_model
 
@@ -24,16 +24,6 @@ from .training import train
 
 RATES = ComputeRates({"fp32": 1e12, "bf16": 2e12}, 1e11, 5e11, 1 << 20, 1e-6)
 WITH_LOSS = [family for family in FAMILIES if family is not PLAIN]  # PLAIN's output is a dict of its own
-
-
-class Roofline:
-    """Operators of which none is run."""
-
-    def __init__(self, rates: ComputeRates, precision: str) -> None:
-        self._rates, self._precision = rates, precision
-
-    def seconds(self, _func: Any, _args: Any, _kwargs: Any, flops: int, moved: int) -> float:
-        return self._rates.seconds(self._precision, flops, moved)
 
 
 def shape_of(family: Family) -> dict[str, int]:
@@ -46,7 +36,7 @@ def foreseen_of(family: Family, config: Config) -> Foreseen:
     model = family.model()
     own = load_config({**config.model_dump(mode="json"), "data": shape_of(family)})
     plan = plan_of(*lay_out(model, own), own)
-    return foresee(model, own, plan, Roofline(RATES, own.precision))
+    return foresee(model, own, plan, Roofline(RATES, own.precision)).repeated(own.gradient_accumulation_steps)
 
 
 @pytest.mark.parametrize("family", WITH_LOSS, ids=lambda family: family.name)

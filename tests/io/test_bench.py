@@ -73,6 +73,8 @@ def test_quick_tune_writes_a_hardware_file(disk_folder: Path) -> None:
     (disk,) = content["ssd"]
     assert disk["path"] == str(disk_folder)
     assert all(disk[f"{op}_bytes_per_s"] > 0 for op in OPS)
+    assert disk["capacity"] > 0
+    assert 0 < disk["latency_seconds"] < 1
     assert content["io"]["backend"] in ("uring", "threads")
     assert content["io"]["queue_depth"] in (2, 4)
     assert content["io"]["block_bytes"] == 1 << 20
