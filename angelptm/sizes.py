@@ -44,3 +44,8 @@ def format_bytes(count: float) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 or value == int(value) else f"{value:.3g} {unit}"
+
+
+def mib(count: int) -> str:
+    """In whole MiB, rounded up, as a config takes it: 1048577 → '2MiB'."""
+    return f"{-(-count // 2**20)}MiB"

@@ -31,7 +31,7 @@ def measure(
     json: Annotated[bool, typer.Option("--json", help="Also print the content as one JSON object.")] = False,
 ) -> None:
     """Measures this machine's device, memory, links and drives, and writes the hardware file that configs name."""
-    from angelptm.engine.machine import measure_device  # not above: torch takes seconds
+    from angelptm.foresight.machine import measure_device  # not above: torch takes seconds
 
     try:
         file_bytes = parse_bytes(size)

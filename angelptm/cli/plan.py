@@ -30,7 +30,7 @@ from angelptm.sizes import format_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from angelptm.engine.outlook import Outlook, Target
+    from angelptm.foresight.outlook import Outlook, Target
 
 
 def plan(
@@ -92,7 +92,7 @@ def _plan(config: Config, hardware: Hardware | None, measure: bool, json: bool) 
     facts: dict[str, Any] = {}
     text = ""
     if measure or config.hardware == "auto" or (hardware is not None and hardware.predicts):
-        from angelptm.engine.outlook import look_ahead, require_memory
+        from angelptm.foresight.outlook import look_ahead, require_memory
 
         target = _target(config, hardware)
         with Console(stderr=True).status("going through a step without values"):
@@ -110,7 +110,7 @@ def _plan(config: Config, hardware: Hardware | None, measure: bool, json: bool) 
 
 
 def _target(config: Config, hardware: Hardware | None) -> Target:
-    from angelptm.engine.outlook import described_machine, this_machine
+    from angelptm.foresight.outlook import described_machine, this_machine
 
     if hardware is not None and hardware.predicts:
         return described_machine(hardware, config)
@@ -129,7 +129,7 @@ def _show_limits(plan: Plan, config: Config, hardware: Hardware | None) -> None:
 
 
 def _search(config: Config, hardware: Hardware | None, json: bool) -> None:
-    from angelptm.engine.search import Search
+    from angelptm.foresight.search import Search
     from angelptm.model.materialize import build_model
 
     target = _target(config, hardware)
@@ -182,7 +182,7 @@ def _cell(value: Any, yes: str = "yes", no: str = "no") -> str:
 
 
 def _max_scale(config: Config, hardware: Hardware | None, json: bool) -> None:
-    from angelptm.engine.search import largest_that_fits
+    from angelptm.foresight.search import largest_that_fits
 
     target = _target(config, hardware)
     with Console(stderr=True).status("looking for the largest model") as status:
@@ -210,7 +210,7 @@ def planned(config: Config, hardware: Hardware | None = None) -> tuple[nn.Module
 
 
 def _describe(outlook: Outlook, plan: Plan, config: Config, target: Target) -> str:
-    from angelptm.engine.outlook import device_needs, host_needs
+    from angelptm.foresight.outlook import device_needs, host_needs
 
     lines = [f"on {target.name}: {outlook.tokens_per_s:,.0f} tokens/s, {outlook.mfu:.0%} of the device's rate (MFU)"]
     if config.gradient_accumulation_steps > 1:

@@ -13,8 +13,9 @@ from angelptm.memory import gpu_memory_bytes, host_memory
 from angelptm.sizes import parse_bytes
 
 AUTO = "auto"
-# What a process takes beside its pages: Python, torch, a small batch's activations.
-_LEAST_REST_BYTES, _REST_PART = 3 * 2**30, 8
+# What is left beside the pages, for Python, torch, a small batch's activations and the page cache: an eighth, but not
+# less and not more than these.
+_LEAST_REST_BYTES, _MOST_REST_BYTES, _REST_PART = 3 * 2**30, 32 * 2**30, 8
 # Of a GPU's memory; the rest is for activations, workspaces and the driver. `angelptm plan` says whether it is enough.
 _DEVICE_PART = 0.6
 _CPU_DEVICE_PART = 16
@@ -63,7 +64,7 @@ def sized(tiers: Mapping[str, Any], device: object, hardware: Hardware | None) -
         size = memory.host_bytes // _CPU_DEVICE_PART if whole is None else int(whole * _DEVICE_PART)
         found["device"] = size // _MIB * _MIB
     if found.get("host") == AUTO:
-        left = memory.host_bytes - max(_LEAST_REST_BYTES, memory.host_bytes // _REST_PART)
+        left = memory.host_bytes - max(_LEAST_REST_BYTES, min(_MOST_REST_BYTES, memory.host_bytes // _REST_PART))
         if not on_gpu:
             left -= _bytes_of(found.get("device"))
         elif memory.locked_bytes is not None:  # the pool is page-locked

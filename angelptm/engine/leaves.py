@@ -67,6 +67,7 @@ class UnitLeaves:
         autograd does."""
         self.layout = layout
         self.placed = False
+        self._places: set[int] = set()  # arena offsets that the step's graphs may refer to
         self._device = device
         self._dtype = dtype
         self._gradient_is_paged = gradient_is_paged
@@ -109,6 +110,17 @@ class UnitLeaves:
             shared = self._one_leaf or self._gradient_is_paged(name)
             put(slot.module, slot.attribute, first.setdefault(name, leaf) if shared else leaf)
         self.placed = True
+        if torch.is_grad_enabled():
+            self._places.add(arena_offset)
+
+    @property
+    def at_one_place(self) -> bool:
+        """Whether the step's graphs refer to one set of leaves at most."""
+        return len(self._places) <= 1
+
+    def end_step(self) -> None:
+        """The next step makes graphs of its own."""
+        self._places.clear()
 
     def forget(self) -> None:
         """Drops the leaves, as the unit gets another place. No graph of theirs will be used any more."""

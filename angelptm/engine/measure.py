@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -32,6 +32,7 @@ _MATMUL_ROWS, _MATMUL_SIZE = 256, 1024
 _GPU_MATMUL_SIZE = 4096
 _DEADLINE_SECONDS = 30.0  # for some copies between host and device
 _COPIES = 8  # at once, of a page each
+_FEW_THREADS = 2  # that update: they do not ask for more than the memory gives
 _MOST_SCRATCH_ELEMENTS = 1 << 19  # 10 MiB of scratch memory: more than a core's own caches
 # For what no transfer of this run ever meets, or when the drive gave no answer.
 _NOMINAL_DRIVE = {
@@ -85,6 +86,12 @@ def measure_rates(
         drive[name] = rate if name == "mixed_bytes_per_s" else min(rate, drive[name])
     elements = max(1, min(_MOST_SCRATCH_ELEMENTS, max((s.elements for u in plan.units for s in u.spans), default=1)))
     scratch = Scratch(elements, usual_formats(plan), rule, grad_dtype, param_dtype)
+    update_seconds = scratch.step_seconds()
+    if plan.update_threads > _FEW_THREADS:
+        every = [
+            Scratch(elements, usual_formats(plan), rule, grad_dtype, param_dtype) for _ in range(plan.update_threads)
+        ]
+        update_seconds = max(update_seconds, _beside_each_other(every))
     if device.copies_in is not None and device.copies_out is not None:
         in_seconds = _link_seconds(device, device.copies_in, store, inward=True)
         out_seconds = _link_seconds(device, device.copies_out, store, inward=False)
@@ -97,7 +104,7 @@ def measure_rates(
         ssd_latency_seconds=drive["latency_seconds"],
         host_to_device_bytes_per_s=1 / in_seconds,
         device_to_host_bytes_per_s=1 / out_seconds,
-        update_elements_per_s=1 / scratch.step_seconds(),
+        update_elements_per_s=1 / update_seconds,
         checksum_bytes_per_s=1 / scratch.check_seconds(),
         gradient_bytes_per_s=1 / scratch.accumulate_seconds(),
         cores=len(os.sched_getaffinity(0)),
@@ -237,6 +244,12 @@ class Scratch:
 
     def accumulate_seconds(self) -> float:
         return _least_seconds(self._accumulate) / self._param.nbytes
+
+
+def _beside_each_other(every: Sequence[Scratch]) -> float:
+    """Seconds of an element in each of several threads at once: they share the memory's rate."""
+    with ThreadPoolExecutor(len(every)) as threads:
+        return statistics.mean(threads.map(Scratch.step_seconds, every))
 
 
 def compute_speed(dtype: torch.dtype, device: Device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,8 +17,11 @@ from angelptm.engine.optimizer import RULES
 from angelptm.engine.scheduler import Scheduler
 from angelptm.engine.setup import grad_precision, updates_in_backward
 from angelptm.engine.tracing import Tracer
+from angelptm.errors import CapacityError
 from angelptm.plan import Prediction, Rates, Schedule, Settings, Trace, choose, simulate
 from angelptm.units import Site
+
+_log = logging.getLogger("angelptm")
 
 TRACED_STEPS = 3
 # To choose may take this long; or this part of a step, whichever is more.
@@ -122,7 +126,12 @@ class Planning:
         plan = self._parts.plan
         self._peaks = self._peak_bytes()
         seconds = max(_CHOOSING_SECONDS, _CHOOSING_PART * trace.step_seconds)
-        self._chosen, self.prediction = choose(plan, trace, rates, self._settings, lead=self._lead, seconds=seconds)
+        try:
+            self._chosen, self.prediction = choose(plan, trace, rates, self._settings, lead=self._lead, seconds=seconds)
+        except CapacityError as refused:
+            # The traced steps found room for each unit as it came; there is none that all of them could keep.
+            _log.warning("units go on to move on demand, as no schedule of them fits: %s", refused)
+            return
         if self._settings.mode == "planned":
             self._scheduler.follow(trace, self._chosen, use_offsets=not plan.params_stay)
 

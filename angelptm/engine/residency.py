@@ -18,6 +18,7 @@ from angelptm.engine.updates import Updates
 from angelptm.errors import AngelPTMError, CapacityError
 from angelptm.pages import PageIds, naming
 from angelptm.plan import Plan
+from angelptm.sizes import mib
 
 
 @dataclass
@@ -479,12 +480,16 @@ class Residency:
         in_use = [index for index, state in enumerate(self._units) if state.pins > 0 or self._on_device[index]]
         names = ", ".join(self._plan.units[index].layout.name for index in in_use)
         page = self._plan.page_bytes
+        used = sum(self._units[index].frames for index in in_use)
+        needed = used + frames
+        if needed <= self._plan.device_frames:
+            needed = used + (len(in_use) + 1) * (frames - 1) + 1  # enough wherever those in use lie
         raise CapacityError(
             "device",
-            (sum(self._units[index].frames for index in in_use) + frames) * page,
+            needed * page,
             self._plan.device_frames * page,
             f"unit {self._plan.units[unit].layout.name} beside {names}, which are in use at the same time,",
-            "Raise tiers.device.",
+            f"Raise tiers.device to {mib(needed * page)}.",
         )
 
     def holds(self, tensor: torch.Tensor) -> bool:

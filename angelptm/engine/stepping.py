@@ -33,9 +33,10 @@ class Stepping:
     Inside ``engine.backward``, which knows that a step follows, a unit is updated as soon as each of its leaves has its
     gradient, if nothing needs all gradients first (clipping), and if the unit's leaves got one gradient each in an
     earlier step: a leaf that gets several, as in a reentrant checkpoint of a shared layer, has none that is known to be
-    the last. A unit of which a leaf has none in this step (an expert that no token chose) waits for ``take_step``: that
-    it had none in other steps says nothing about this one. Units with frozen parameters wait too, since these may be
-    needed after the last gradient.
+    the last. Nor has a unit that a step used at several places in the arena, with leaves at each. A unit of which a
+    leaf has none in this step (an expert that no token chose) waits for ``take_step``: that it had none in other steps
+    says nothing about this one. Units with frozen parameters wait too, since these may be needed after the last
+    gradient.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Stepping:
         elif swept.adds_as_it_comes and not swept.is_open(unit):
             self._before_change(unit)
             # A gradient that waits for the step may still be dropped or scaled: nothing else is with it.
-            as_it_comes = self._early and self._may_be_early[unit] and unit in self._known
+            as_it_comes = self._early and self._knows_last(unit)
             self._gradients.add_to(unit, swept.open(unit, wait_until_empty=not as_it_comes))
 
     def _before_change(self, unit: int) -> None:
@@ -167,10 +168,13 @@ class Stepping:
             self._residency.wait_for_update(unit)
         self._commits.before_change(unit)
 
+    def _knows_last(self, unit: int) -> bool:
+        """Whether the unit's last gradient of a pass is known when it comes."""
+        return self._may_be_early[unit] and unit in self._known and self._leaves[unit].at_one_place
+
     def _is_complete(self, unit: int) -> bool:
-        known = self._may_be_early[unit] and unit in self._known
         came = self._came[unit]
-        return known and len(came) == len(set(came)) == self._leaf_counts[unit]
+        return self._knows_last(unit) and len(came) == len(set(came)) == self._leaf_counts[unit]
 
     def begin_step(self) -> None:
         """To be called first: raises what keeps the step from being taken now. It can be tried again then."""
@@ -217,6 +221,8 @@ class Stepping:
                 self._submit(unit, grad_scale)
         self._progress.half_done = ""
         self._learn()
+        for leaves in self._leaves:
+            leaves.end_step()
         self._submitted.clear()
         self._early = False
         self._gradients.passed()

@@ -18,6 +18,7 @@ class _Entry:
     waited: float = 0.0  # for pages, and copying gradients: no part of the computing
     end: float = 0.0
     activation_bytes: int = 0
+    last: int | None = None  # entered before the forward was left
 
 
 class Tracer:
@@ -58,8 +59,9 @@ class Tracer:
     def leave_forward(self, site: int, activation_bytes: int) -> None:
         """The forward of a site is over; so many bytes are kept for its backward, and for all before it."""
         for entry in reversed(self._entries):
-            if entry.site == site:
+            if entry.site == site and entry.phase != "backward" and entry.last is None:
                 entry.activation_bytes = activation_bytes
+                entry.last = len(self._entries) - 1
                 return
 
     def gradient(self, unit: int, size: int, copy_seconds: float) -> None:
@@ -123,15 +125,20 @@ class Tracer:
         kept: dict[int, int] = {}
         uses = []
         for index, entry in enumerate(entries):
-            last = index
-            while last + 1 < len(entries) and self._belongs(entries, index, last + 1):
-                last += 1
+            last = self._last_of(entries, index) if entry.last is None else entry.last
             if entry.phase == "forward":
                 kept[entry.site] = entry.activation_bytes
             seconds = max(0.0, entry.end - entry.start - entry.waited)
             units = tuple(self._sites[entry.site].units)
             uses.append(Use(entry.site, units, entry.phase, seconds, last, kept.get(entry.site, 0)))
         return uses
+
+    def _last_of(self, entries: Sequence[_Entry], index: int) -> int:
+        """The last use inside a backward one, whose end nobody sees."""
+        last = index
+        while last + 1 < len(entries) and self._belongs(entries, index, last + 1):
+            last += 1
+        return last
 
     def _belongs(self, entries: Sequence[_Entry], index: int, other: int) -> bool:
         """Whether the use ``other`` is inside the use ``index``: of a site inside it, or its own recomputation."""

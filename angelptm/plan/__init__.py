@@ -2,18 +2,21 @@
 
 Pure functions on pure data. Nothing here imports torch or the native module, so every planning test runs anywhere.
 
-In reading order: ``budget`` places pages on tiers; ``trace`` is a step that ran; ``residence`` says how long units stay
+In reading order: ``budgets`` is what the user allows; ``placing`` gives pages their homes, with ``shape``, ``pool`` and
+``slots``; ``placed`` is what it comes to; ``trace`` is a step that ran; ``residence`` says how long units stay
 in the arena; ``moves`` makes the ``schedule`` of a step; ``simulate`` says what the step takes on a machine of given
 ``rates``; ``choose`` takes the fastest of a few schedules.
 """
 
 from angelptm.plan.arena import ArenaPlacement, Window, place_units, windows_of
-from angelptm.plan.budget import Budgets, CommitBudget, Plan, SpanPlan, SsdBudget, SweepBudget, UnitPlan, make_plan
+from angelptm.plan.budgets import Budgets, CommitBudget, SsdBudget, SweepBudget
 from angelptm.plan.channels import Event
 from angelptm.plan.choose import choose, plan_from_trace
 from angelptm.plan.describe import plan_rows, plan_summary
 from angelptm.plan.jsonfile import PlanFileError
 from angelptm.plan.moves import make_schedule, planned_offsets
+from angelptm.plan.placed import Plan, SpanPlan, UnitPlan
+from angelptm.plan.placing import make_plan
 from angelptm.plan.prediction import Prediction, Settings
 from angelptm.plan.rates import NOMINAL_RATES, ChannelRates, Rates, rates_for
 from angelptm.plan.schedule import CopyOut, Fetch, Schedule, Traffic, WriteBack

@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from angelptm.plan.budget import Budgets, Plan, make_plan
+from angelptm.plan.budgets import Budgets
 from angelptm.plan.moves import make_schedule, planned_offsets
+from angelptm.plan.placed import Plan
+from angelptm.plan.placing import make_plan
 from angelptm.plan.prediction import Prediction, Settings
 from angelptm.plan.rates import Rates
 from angelptm.plan.schedule import Schedule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from angelptm.plan.budget import Plan
+from angelptm.plan.placed import Plan
 
 
 def plan_rows(plan: Plan) -> list[dict[str, int | str]]:

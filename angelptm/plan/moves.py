@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from angelptm.errors import CapacityError
-from angelptm.plan.budget import Plan
+from angelptm.plan.placed import Plan
 from angelptm.plan.residence import (
     Residents,
     best_packing,

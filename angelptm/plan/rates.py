@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from angelptm.plan import jsonfile
-from angelptm.plan.budget import Plan
+from angelptm.plan.placed import Plan
 from angelptm.plan.transfers import transfers_of
 
 _KIND, _VERSION = "angelptm rates", 3

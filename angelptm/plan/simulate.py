@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from angelptm.plan.budget import Plan
 from angelptm.plan.channels import Event
+from angelptm.plan.placed import Plan
 from angelptm.plan.prediction import CHANNELS, Prediction, Settings, rank
 from angelptm.plan.rates import Rates
 from angelptm.plan.schedule import Schedule, Traffic

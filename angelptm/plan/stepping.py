@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from angelptm.plan.budget import Plan
 from angelptm.plan.channels import Cores, Event, Machine, Ssd
 from angelptm.plan.fetching import SimulatedFetcher
+from angelptm.plan.placed import Plan
 from angelptm.plan.prediction import CHANNELS, Settings
 from angelptm.plan.rates import Rates
 from angelptm.plan.residence import neighbours_of

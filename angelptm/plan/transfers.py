@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from angelptm.plan.budget import Plan, SpanPlan
+from angelptm.plan.placed import Plan, SpanPlan
 from angelptm.states.layout import elements_on_page
 
 _BLOCK_BYTES = 4096

@@ -50,7 +50,7 @@ class Ticket {
   // Returns when all parts are done; throws the first part's error, or DeadlineError.
   void wait(double deadline_seconds) {
     std::unique_lock lock(mutex_);
-    if (!finished_.wait_until(lock, deadline_after(deadline_seconds), [this] { return remaining_ == 0; }))
+    if (!wait_while_running(finished_, lock, deadline_seconds, [this] { return remaining_ == 0; }))
       throw DeadlineError("waited " + std::to_string(deadline_seconds) + " s for " + what_ + ": " +
                           std::to_string(remaining_) + " parts are not done");
     if (error_) std::rethrow_exception(error_);

@@ -69,7 +69,7 @@ bool Sweep::wait_within(double seconds, const Done& done) {
   bool came = over();
   if (!came) {
     if (waiting_++ == 0 && on_waiting) on_waiting(true);
-    came = progress_.wait_until(lock, deadline_after(seconds), over);
+    came = wait_while_running(progress_, lock, seconds, over);
     if (--waiting_ == 0 && on_waiting) on_waiting(false);
   }
   if (failed_) std::rethrow_exception(failed_);

@@ -289,7 +289,7 @@ void Updater::expect(std::vector<std::uint32_t> spans) {
 void Updater::recall() {
   expect({});
   std::unique_lock lock(mutex_);
-  if (!recalled_.wait_until(lock, deadline_after(options_.deadline_seconds), [this] { return ahead_count_ == 0; }))
+  if (!wait_while_running(recalled_, lock, options_.deadline_seconds, [this] { return ahead_count_ == 0; }))
     throw DeadlineError("waited " + std::to_string(options_.deadline_seconds) +
                         " s for optimizer states that are being read ahead");
 }

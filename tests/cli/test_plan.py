@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from angelptm.config.schema import load_hardware
-from angelptm.engine.machine import all_gather_rate
+from angelptm.foresight.machine import all_gather_rate
 
 from ..config.test_hardware import GPU
 

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from angelptm.config import Config, load_config
-from angelptm.engine.foresight import ComputeRates, Foreseen, Roofline, Timed, activation_bytes_of, foresee
 from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
+from angelptm.foresight.step import ComputeRates, Foreseen, Roofline, Timed, activation_bytes_of, foresee
 from angelptm.model.materialize import build_model
 
 from .conftest import MakeEngine

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from angelptm.errors import AngelPTMError, CapacityError, ParkedError
+from angelptm.sizes import parse_bytes
 
 from .conftest import MakeBoth, MakeEngine
 from .models import GPT2, PLAIN, VOCABULARY, loss_of
-from .training import assert_same_parameters, assert_same_values, snapshot, train_both
+from .training import PAGE, assert_same_parameters, assert_same_values, snapshot, train, train_both
 
 STEPS = 5
 
@@ -268,6 +270,108 @@ def test_units_that_do_not_fit_at_once_are_refused_by_name(make_engine: MakeEngi
     hidden = engine.module.wide(torch.zeros(1, 64))  # type: ignore[operator]
     engine.backward(engine.module.narrow(hidden).sum())  # type: ignore[operator]
     engine.step()
+
+
+class PartsInParts(Body):
+    """Parts that compute inside one another, which are neither above nor below each other. ``calls`` are run in turn:
+    the first part of each calls the second."""
+
+    def __init__(self, widths: Sequence[int], calls: Sequence[tuple[int, ...]]) -> None:
+        self.widths, self.calls = widths, calls
+        super().__init__()
+
+    def make(self) -> None:
+        class Part(nn.Module):
+            def __init__(self, width: int) -> None:
+                super().__init__()
+                self.wide, self.narrow = nn.Linear(64, width), nn.Linear(width, 64)
+
+            def forward(self, x: torch.Tensor, *inner: nn.Module) -> torch.Tensor:
+                hidden = torch.tanh(self.wide(x))
+                for part in inner:
+                    x = x + torch.tanh(part(x))
+                return x + self.narrow(hidden)
+
+        self.parts = nn.ModuleList(Part(width) for width in self.widths)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        for first, *inner in self.calls:
+            x = self.parts[first](x, *(self.parts[part] for part in inner))
+        return x
+
+
+EARLY = {"param": "ssd", "grad": "host", "states": "ssd"}  # units are updated as their gradients complete
+# Of each the fewest pages in which on demand there is room for every call.
+IN_PARTS: dict[str, tuple[tuple[int, ...], list[tuple[int, ...]], int]] = {
+    "scheduled": ((200, 200, 300, 300), [(1, 2), (1,), (0, 3), (3, 2)], 6),
+    "no-schedule": ((200, 300, 100), [(2, 0), (0, 1), (2, 1)], 5),
+    "twice": ((400, 500, 500), [(0, 1), (2, 0), (1,)], 8),
+}
+
+
+@pytest.mark.parametrize(("widths", "calls", "least"), IN_PARTS.values(), ids=IN_PARTS.keys())
+@pytest.mark.parametrize("more", range(3))
+def test_what_had_room_in_the_first_steps_has_it_in_all(
+    widths: Sequence[int], calls: list[tuple[int, ...]], least: int, more: int, make_both: MakeBoth
+) -> None:
+    """Also where the places that units had on demand cannot be kept for a whole step."""
+    torch.manual_seed(3)
+    model = PartsInParts(widths, calls)
+    engine, reference = make_both(model, device=(least + more) * PAGE, placement=EARLY)
+    train_both(engine, reference, PLAIN, STEPS + 2)
+    assert_same_parameters(engine, reference)
+    assert engine.peak_bytes()["device"] <= engine.config.tiers.device
+
+
+def test_units_that_no_schedule_has_room_for_move_on_demand_and_a_line_says_so(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    widths, calls, least = IN_PARTS["no-schedule"]
+    engine = make_engine(PartsInParts(widths, calls), device=least * PAGE)
+    with caplog.at_level("WARNING", logger="angelptm"):
+        train(engine, PLAIN, STEPS)
+    assert engine.prediction() is None
+    [record] = [record for record in caplog.records if record.name == "angelptm"]
+    assert "move on demand" in record.getMessage()
+    assert "Raise tiers.device to" in record.getMessage()
+
+
+@pytest.mark.parametrize("frames", [3, 4, 5])
+def test_part_that_a_later_step_uses_at_two_places_is_updated_when_both_are_done(
+    frames: int, make_both: MakeBoth
+) -> None:
+    """In the traced steps it had one place and one gradient, after which it could be updated."""
+    torch.manual_seed(3)
+    model = PartsInParts((200, 300, 100), [(2,), (1,), (0,)])
+    engine, reference = make_both(model, device=frames * PAGE, placement=EARLY)
+    train_both(engine, reference, PLAIN, 3)
+    for one in (engine.module, reference.model):
+        one.calls = [(2, 0), (1,), (0,)]  # type: ignore[assignment]
+    train_both(engine, reference, PLAIN, 2, first=3)
+    assert_same_parameters(engine, reference)
+
+
+def test_refusal_of_units_in_use_at_once_names_what_is_enough(make_engine: MakeEngine) -> None:
+    """However their frames lie: what is free may be enough, but not in a row."""
+    widths, calls = (200, 600, 400, 100), [(0, 1), (2, 3), (1, 2), (3, 0)]
+
+    def refusal(device: int) -> CapacityError | None:
+        engine = make_engine(PartsInParts(widths, calls), device=device)
+        try:
+            train(engine, PLAIN, STEPS)
+        except CapacityError as refused:
+            return refused
+        return None
+
+    accepted = make_engine(PartsInParts(widths, calls)).plan.device_frames
+    refused = [error for frames in range(accepted, 2 * accepted) if (error := refusal(frames * PAGE)) is not None]
+    assert refused
+    for error in refused:
+        assert error.needed_bytes > error.available_bytes
+        asked = re.search(r"Raise tiers\.device to (\d+MiB)\.$", str(error))
+        assert asked is not None
+        assert parse_bytes(asked[1]) >= error.needed_bytes
+        assert refusal(parse_bytes(asked[1])) is None
 
 
 @dataclasses.dataclass

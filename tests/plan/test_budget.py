@@ -31,7 +31,7 @@ class Case:
     moment_count: int
     states: StateFormats = FP32  # of every other parameter
 
-    def layouts(self) -> list[UnitLayout]:
+    def layouts(self, page_bytes: int = PAGE) -> list[UnitLayout]:
         states = replace(self.states, master="fp32") if self.param_itemsize == 4 else self.states
         units = [
             [
@@ -42,7 +42,7 @@ class Case:
         ]
         elements = choose_page_elements(
             [(math.prod(one.shape), one.states) for unit in units for one in unit if one.trainable],
-            page_bytes=PAGE,
+            page_bytes=page_bytes,
             param_itemsize=self.param_itemsize,
             grad_itemsize=self.grad_itemsize,
             moment_count=self.moment_count,
@@ -51,7 +51,7 @@ class Case:
 
     def plan(self, budgets: Budgets) -> Plan:
         return make_plan(
-            self.layouts(),
+            self.layouts(budgets.page_bytes),
             [((unit,), 0) for unit in range(len(self.units))],
             budgets,
             param_itemsize=self.param_itemsize,

@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+BF16 = {"states": {"exp_avg": "bf16", "exp_avg_sq": "bf16"}}
 INT8 = {"states": {"exp_avg": "int8", "exp_avg_sq": "int8"}}
 
 
@@ -43,6 +44,8 @@ class Case:
 
 
 ANGEL = "Angel-PTM, arXiv 2303.02868: largest models on one server of 8 A100-40GB"
+HORIZON = "Horizon-LM, arXiv 2602.04816: 120 B on one H200 with 1.5 TB of DRAM, no SSD"
+QWEN = {"preset": "qwen2.5-32b", "config": {"hidden_size": 8192, "intermediate_size": 29568}}
 CASES = {
     "Angel-PTM GPT": Case("55 (DeepSpeed 28)", ANGEL, "a100-8x40gb", {"preset": "gpt3-30b"}, uses_ssd=False),
     "Angel-PTM GPT, int8 moments": Case(
@@ -55,6 +58,7 @@ CASES = {
         "dgx-2",
         {"preset": "gpt3-175b", "config": {"n_embd": 25600, "n_head": 256}},
         uses_ssd=True,
+        keys={"units": {"classes": ["GPT2Attention", "GPT2MLP"]}},  # a block is of 16 GB
     ),
     "Ratel": Case(
         "175",
@@ -66,11 +70,12 @@ CASES = {
     ),
     "Horizon-LM": Case(
         "120",
-        "Horizon-LM, arXiv 2602.04816: 120 B on one H200 with 1.5 TB of DRAM, no SSD",
+        HORIZON,
         "h200",
-        {"preset": "qwen2.5-32b", "config": {"hidden_size": 8192, "intermediate_size": 29568}},
+        QWEN,
         uses_ssd=False,
     ),
+    "Horizon-LM, bf16 moments": Case("120", HORIZON, "h200", QWEN, uses_ssd=False, keys={"optimizer": BF16}),
 }
 
 
@@ -100,9 +105,9 @@ def config_of(case: Case) -> dict[str, Any]:
 
 def measure(case: Case) -> dict[str, Any]:
     from angelptm.config import load_config
-    from angelptm.engine.outlook import described_machine, look_ahead, require_memory
-    from angelptm.engine.search import largest_that_fits
     from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
+    from angelptm.foresight.outlook import described_machine, look_ahead, require_memory
+    from angelptm.foresight.search import largest_that_fits
     from angelptm.model.materialize import build_model
 
     config = load_config(config_of(case))

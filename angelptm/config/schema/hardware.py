@@ -66,6 +66,9 @@ class HostRates(Section):
     copy_bytes_per_s: float = Field(gt=0, description="Copying of pages by one core, bytes of content.")
     checksum_bytes_per_s: float = Field(gt=0, description="CRC32C by one core.")
     accumulate_bytes_per_s: float = Field(gt=0, description="Gradients brought to their pages by one core.")
+    memory_bytes_per_s: float | None = Field(
+        default=None, gt=0, description="What all cores together read and write. null: as much as they ask for."
+    )
     update_elements_per_s: UpdateRates = Field(description="The update kernel.")
 
 

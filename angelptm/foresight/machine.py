@@ -21,10 +21,10 @@ from angelptm.config import Config, load_config
 from angelptm.device import Device, make_device
 from angelptm.engine.dtypes import TORCH_DTYPES
 from angelptm.engine.engine import Engine
-from angelptm.engine.foresight import ComputeRates
 from angelptm.engine.measure import DriveWatch, Scratch, measure_rates
 from angelptm.engine.optimizer import RULES
 from angelptm.engine.setup import existing_folder, grad_precision
+from angelptm.foresight.step import ComputeRates
 from angelptm.memory import gpu_memory_bytes, host_memory
 from angelptm.model.materialize import build_model
 from angelptm.plan import Rates
@@ -112,6 +112,7 @@ def measure_device(name: str) -> dict[str, Any]:
                 "copy_bytes_per_s": 1 / one.copy_seconds(),
                 "checksum_bytes_per_s": 1 / one.check_seconds(),
                 "accumulate_bytes_per_s": 1 / one.accumulate_seconds(),
+                "memory_bytes_per_s": _memory_rate(),
                 "update_elements_per_s": updates,
             },
         }
@@ -120,6 +121,13 @@ def measure_device(name: str) -> dict[str, Any]:
         return found
     finally:
         device.close()
+
+
+def _memory_rate() -> float:
+    """Of the host, with all cores."""
+    one = torch.ones(_LARGE_BYTES // 4)
+    out = torch.empty_like(one)
+    return 2 * one.nbytes / _median_seconds(partial(torch.add, one, 1.0, out=out))
 
 
 def _update_rate(moments: str) -> float:
@@ -223,13 +231,20 @@ def compute_rates(device: Device) -> ComputeRates:
 
 
 def _per_second(device: Device, act: Callable[[], object], amount: float) -> float:
+    def whole() -> None:
+        act()
+        device.synchronize()
+
+    device.synchronize()
+    return amount / _median_seconds(whole)
+
+
+def _median_seconds(act: Callable[[], object]) -> float:
     act()
     taken: list[float] = []
     end = time.perf_counter() + _SECONDS
     while len(taken) < 3 or time.perf_counter() < end:
-        device.synchronize()
         start = time.perf_counter()
         act()
-        device.synchronize()
         taken.append(time.perf_counter() - start)
-    return amount / statistics.median(taken)
+    return statistics.median(taken)

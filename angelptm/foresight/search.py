@@ -10,10 +10,10 @@ from torch import nn
 
 from angelptm.config import Config, load_config
 from angelptm.config.schema import Hardware
-from angelptm.engine.foresight import Foreseen, activation_bytes_of, foresee
-from angelptm.engine.outlook import CONTEXT_BYTES, Outlook, Target, outlook_of, require_memory
 from angelptm.engine.setup import budgets_of, buffer_bytes_of, lay_out, plan_of
 from angelptm.errors import AngelPTMError, CapacityError
+from angelptm.foresight.outlook import CONTEXT_BYTES, Outlook, Target, outlook_of, require_memory
+from angelptm.foresight.step import Foreseen, activation_bytes_of, foresee
 from angelptm.model.materialize import build_model
 from angelptm.plan import Plan, plan_from_trace
 
@@ -137,23 +137,32 @@ class _Family:
     def __init__(self, config: Config, target: Target, hardware: Hardware | None) -> None:
         self._config, self._target, self._hardware = config, target, hardware
         self._keys = _layer_keys(build_model(config))
-        one, two = (self._foresee(*self._planned(layers)) for layers in (1, 2))
-        self._first, self._more = activation_bytes_of(one.trace), 0
-        self._more = max(0, activation_bytes_of(two.trace) - self._first)
-        self._workspace = 2 * two.largest_bytes
+        # The first layer may make what all others take.
+        two, three = (self._foresee(*self._planned(layers)) for layers in (2, 3))
+        self._second = activation_bytes_of(two.trace)
+        self._more = max(0, activation_bytes_of(three.trace) - self._second)
+        self._workspace = 2 * three.largest_bytes
 
     def plan(self, layers: int) -> tuple[Config, nn.Module, Plan]:
         """Raises CapacityError where it does not fit."""
-        config, model, plan = self._planned(layers)
-        activations = self._first + self._more * (layers - 1)
-        require_memory(plan, activations, self._workspace, config, self._target)
-        return config, model, plan
+        activations = self._second + self._more * (layers - 2)
+        found = self._planned(layers, {"tiers.device": self._left_for_pages(activations)})
+        require_memory(found[2], activations, self._workspace, found[0], self._target)
+        return found
+
+    def _left_for_pages(self, activations: int) -> int:
+        """Of the device, at most what the config allows."""
+        most = self._config.tiers.device
+        if self._target.device_bytes is None:
+            return most
+        left = self._target.device_bytes - activations - self._workspace - CONTEXT_BYTES
+        return max(self._config.page_size, min(most, left))
 
     def outlook(self, config: Config, model: nn.Module, plan: Plan) -> Outlook:
         return outlook_of(self._foresee(config, model, plan), config, plan, self._target, 0.0)
 
-    def _planned(self, layers: int) -> tuple[Config, nn.Module, Plan]:
-        config = changed(self._config, {f"model.config.{key}": layers for key in self._keys})
+    def _planned(self, layers: int, changes: Mapping[str, Any] | None = None) -> tuple[Config, nn.Module, Plan]:
+        config = changed(self._config, {**{f"model.config.{key}": layers for key in self._keys}, **(changes or {})})
         model = build_model(config)
         return config, model, plan_of(*lay_out(model, config), config, buffer_bytes_of(model), self._hardware)
 

@@ -10,12 +10,12 @@ import yaml
 
 from angelptm.config import Config, load_config
 from angelptm.config.schema import Hardware
-from angelptm.engine import outlook as subject
-from angelptm.engine.foresight import foresee
-from angelptm.engine.outlook import described_machine, look_ahead, outlook_of, require_memory
-from angelptm.engine.search import Search, largest_that_fits
 from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
 from angelptm.errors import AngelPTMError, CapacityError, ConfigError
+from angelptm.foresight import outlook as subject
+from angelptm.foresight.outlook import described_machine, look_ahead, outlook_of, require_memory
+from angelptm.foresight.search import Search, largest_that_fits
+from angelptm.foresight.step import foresee
 from angelptm.model.materialize import build_model
 from angelptm.plan import Plan
 
@@ -63,10 +63,11 @@ def seen(config: Config) -> subject.Outlook:
 
 
 def test_faster_machine_has_faster_steps(tmp_path: Path) -> None:
-    usual = seen(config_of(tmp_path, placement={"param": "ssd", "states": "ssd"}))
+    on_ssd: dict[str, Any] = {"placement": {"param": "ssd", "states": "ssd"}, "update": {"threads": 2}}
+    usual = seen(config_of(tmp_path, **on_ssd))
     drive = {**GPU["ssd"][0], "read_bytes_per_s": 7e8, "write_bytes_per_s": 3e8, "mixed_bytes_per_s": 5e8}
     slow_drive = described(tmp_path, ssd=[drive])
-    slow = seen(config_of(tmp_path, slow_drive, placement={"param": "ssd", "states": "ssd"}))
+    slow = seen(config_of(tmp_path, slow_drive, **on_ssd))
     assert slow.prediction.bottleneck == "ssd"
     assert 3 < slow.step_seconds / usual.step_seconds < 11
     assert usual.tokens_per_s == pytest.approx(128 / usual.step_seconds)
@@ -75,7 +76,7 @@ def test_faster_machine_has_faster_steps(tmp_path: Path) -> None:
     two = described(tmp_path, ssd=[drive, {**drive, "path": "/nvme/two"}])
     folders = [{"path": str(tmp_path / "ssd")}, {"path": str(tmp_path / "other")}]
     tiers = {"device": "128MiB", "host": "256MiB", "ssd": folders}
-    both = seen(config_of(tmp_path, two, placement={"param": "ssd", "states": "ssd"}, tiers=tiers))
+    both = seen(config_of(tmp_path, two, **on_ssd, tiers=tiers))
     assert slow.step_seconds / both.step_seconds == pytest.approx(2, rel=0.1)
 
 
@@ -209,7 +210,7 @@ def test_encoder_and_decoder_grow_together(tmp_path: Path) -> None:
 def test_model_without_a_known_number_of_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path)
     hardware = hardware_of(config)
-    monkeypatch.setattr("angelptm.engine.search._LAYER_KEYS", (("depth",),))
+    monkeypatch.setattr("angelptm.foresight.search._LAYER_KEYS", (("depth",),))
     with pytest.raises(AngelPTMError, match="depth"):
         largest_that_fits(config, described_machine(hardware, config), hardware, lambda _: None)
 

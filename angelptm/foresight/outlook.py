@@ -11,11 +11,11 @@ from torch import nn
 
 from angelptm.config import Config
 from angelptm.config.schema import Hardware
-from angelptm.engine.foresight import ComputeRates, Foreseen, Operators, Roofline, Timed, activation_bytes_of, foresee
-from angelptm.engine.machine import measure_machine
 from angelptm.engine.measure import usual_formats
 from angelptm.engine.planning import settings_of
 from angelptm.errors import CapacityError, ConfigError
+from angelptm.foresight.machine import measure_machine
+from angelptm.foresight.step import ComputeRates, Foreseen, Operators, Roofline, Timed, activation_bytes_of, foresee
 from angelptm.memory import PROCESS_BYTES, gpu_memory_bytes, host_memory
 from angelptm.plan import NOMINAL_RATES, ChannelRates, Plan, Prediction, Rates, Trace, choose, rates_for
 from angelptm.sizes import format_bytes
@@ -104,6 +104,8 @@ def _channels(hardware: Hardware, plan: Plan, folders: int) -> ChannelRates:
     if formats != FP32:
         moments = {formats.exp_avg, formats.exp_avg_sq}
         update = (updates.int8 if "int8" in moments else updates.bf16 if "bf16" in moments else None) or update
+    if host.memory_bytes_per_s is not None:
+        update = min(update, host.memory_bytes_per_s / _updated_bytes(plan) / plan.update_threads)
     return ChannelRates(
         ssd_read_bytes_per_s=together("read_bytes_per_s", NOMINAL_RATES.ssd_read_bytes_per_s),
         ssd_write_bytes_per_s=together("write_bytes_per_s", NOMINAL_RATES.ssd_write_bytes_per_s),
@@ -116,6 +118,16 @@ def _channels(hardware: Hardware, plan: Plan, folders: int) -> ChannelRates:
         gradient_bytes_per_s=host.accumulate_bytes_per_s,
         cores=host.cores,
         compute_uses_cores=hardware.device.kind == "cpu",
+    )
+
+
+def _updated_bytes(plan: Plan) -> float:
+    """Memory traffic of an element's update: states, gradient and parameter."""
+    spans = [span for unit in plan.units for span in unit.spans]
+    states = sum(page.bytes for span in spans for page in span.states.pages)
+    old_params = plan.param_itemsize if plan.splits_masters else 0
+    return (
+        2 * states / (sum(span.elements for span in spans) or 1) + plan.grad_itemsize + plan.param_itemsize + old_params
     )
 
 

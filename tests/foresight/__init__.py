@@ -1,0 +1,1 @@
+"""What is foreseen for machines that are described, and searches among settings."""
