@@ -125,6 +125,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--out", type=Path, help="keep each finished run in this file; go on from it")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss over tokens and over seconds")
+    parser.add_argument(
+        "--plot-tokens", action="store_true", help="draw it over tokens alone: the machine had other work meanwhile"
+    )
     options = parser.parse_args(arguments)
     size = SMALL if options.small else FULL
     for name, value in asdict(size).items():
@@ -212,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot is not None and found["comparison"]["seeds"]:
         from bench.convergence.picture import draw
 
-        draw(found, options.plot)
+        draw(found, options.plot, with_seconds=not options.plot_tokens)
     if options.json:
         print(json.dumps(found))
     else:

@@ -13,7 +13,7 @@ _SHOWN_FROM = 0.05  # of the steps: the first fall would flatten all that follow
 _POINTS = 200
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(found: dict[str, Any], path: Path, *, with_seconds: bool = True) -> None:
     """Validation loss over tokens and over training seconds: the median over seeds in a band from min to max."""
     import matplotlib
 
@@ -25,7 +25,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     compared = [one["mode"] for one in comparison["modes"]]
     pace = Pace(**found["pace"]) if found["pace"] else None
     all_runs = at_pace([run for run in found["runs"] if run["mode"] in compared], pace)
-    figure, (tokens, seconds) = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
+    columns = 1 + with_seconds
+    figure, axes = pyplot.subplots(1, columns, figsize=(12 if with_seconds else 9.5, 5), sharey=True, squeeze=False)
+    tokens, seconds = axes[0, 0], axes[0, -1]
     shown: list[float] = []
     for index, mode in enumerate(compared):
         runs = [run for run in all_runs if run["mode"] == mode and run["seed"] in seeds]
@@ -34,6 +36,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         losses = np.array([column(run, "validation_loss") for run in runs])
         _band(tokens, steps * per_step, losses, f"C{index}", mode)
         shown += losses[:, steps >= _SHOWN_FROM * settings["steps"]].ravel().tolist()
+        if not with_seconds:
+            continue
         # Each seed has its own times; the band ends where the first of them does.
         grid = np.linspace(0, min(run["training_seconds"] for run in runs), _POINTS)
         over_time = np.array([[loss_at(run, moment) for moment in grid] for run in runs])
@@ -42,9 +46,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
     tokens.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     tokens.set_xlabel("tokens")
     tokens.set_ylabel("validation loss (nats per byte)")
-    seconds.set_xlabel("training seconds")
-    seconds.axvline(float(np.median(list(equal.values()))), color="0.6", linestyle=":", label="the fastest has ended")
-    for axis in (tokens, seconds):
+    if with_seconds:
+        seconds.set_xlabel("training seconds")
+        ended = float(np.median(list(equal.values())))
+        seconds.axvline(ended, color="0.6", linestyle=":", label="the fastest has ended")
+    for axis in axes[0]:
         axis.grid(alpha=0.3)
     seconds.legend(frameon=False)
     figure.suptitle(
