@@ -121,11 +121,12 @@ def budgets_of(config: Config, buffer_bytes: int = 0, hardware: Hardware | None 
     """The config's budgets, with the disks' free space as it is now: what the run's own slot files take already, which
     it will use again, counts as free. ``buffer_bytes``: of the model's buffers, which commits hold. ``hardware``: of
     the machine that is planned for, if it is another one; its drives and cores count then."""
-    folders = [folder.path for folder in config.tiers.ssd]
     commits = config.checkpoint.folder
-    free = _free_bytes([*folders, *([commits] if commits is not None else [])])
+    # Without an SSD tier the slots of commits are beside their manifests.
+    folders = [folder.path for folder in config.tiers.ssd] or ([commits] if commits is not None else [])
+    free = _free_bytes(folders)
     if commits is not None:
-        free = [size + own for size, own in zip(free, slot_file_bytes(commits, [*folders, commits]))]
+        free = [size + own for size, own in zip(free, slot_file_bytes(commits, folders))]
     cores = len(os.sched_getaffinity(0))
     if hardware is not None:
         for index, one in enumerate(hardware.ssd[: len(free)]):

@@ -40,7 +40,7 @@ def spread_slots(
         fewer = math.ceil((slots - sum(room)) / slots_of_one) if slots_of_one else keep
         if ssd and keep > fewer:
             remedy += f" Or lower checkpoint.keep (now {keep}) to {keep - fewer}."
-        folders = f", in {', '.join(folder.path for folder in ssd)}," if ssd else ""
+        folders = f" in {', '.join(folder.path for folder in ssd)}" if ssd else ""
         commits = f" ({format_bytes(commit_slots * page)} of it for commits)" if commit_slots else ""
         raise CapacityError("ssd", slots * page, sum(room) * page, f"what lives on the SSD{folders}{commits}", remedy)
     total = sum(folder.weight for folder in ssd)

@@ -50,7 +50,7 @@ class Case:
     def is_exact(self) -> bool:
         """Whether the losses depend on nothing but the configuration's arithmetic."""
         update = self.keys.get("update", {})
-        return update.get("mode", "sync") == "sync" or update.get("max_staleness") == 0
+        return bool(update.get("mode", "sync") == "sync" or update.get("max_staleness") == 0)
 
     def config(self, folder: Path, device: int, host: int) -> Config:
         """``device`` and ``host`` are pages."""
@@ -66,19 +66,28 @@ class Case:
             keys["checkpoint"] = {"folder": str(folder / "commits")}
         return load_config(keys)
 
-    def planner(self, folder: Path) -> Callable[[int, int], CapacityError | None]:
-        """Says what refuses so many pages of device and host."""
-        model = self.family.model()
-        structure, layouts = lay_out(model, self.config(folder, ROOMY, ROOMY))
 
-        def refusal(device: int, host: int) -> CapacityError | None:
-            try:
-                plan_of(structure, layouts, self.config(folder, device, host), buffer_bytes_of(model))
-            except CapacityError as refused:
-                return refused
-            return None
+class Planner:
+    """Says which budgets a case is refused."""
 
-        return refusal
+    def __init__(self, case: Case, folder: Path) -> None:
+        self._case, self._folder = case, folder
+        self._model = case.family.model()
+        self._structure, self._layouts = lay_out(self._model, case.config(folder, ROOMY, ROOMY))
+
+    def refusal(self, device: int, host: int) -> CapacityError | None:
+        config = self._case.config(self._folder, device, host)
+        try:
+            plan_of(self._structure, self._layouts, config, buffer_bytes_of(self._model))
+        except CapacityError as refused:
+            return refused
+        return None
+
+    def least_device(self, host: int = ROOMY) -> int:
+        return border(lambda device: self.refusal(device, host))
+
+    def least_host(self, device: int) -> int:
+        return border(lambda host: self.refusal(device, host))
 
 
 INT8 = {"lr": 1e-2, "states": {"exp_avg": "int8", "exp_avg_sq": "int8", "int8_from_elements": 1024}}
@@ -162,20 +171,18 @@ def trained(case: Case, config: Config, *, resumed: bool = False) -> Trained:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_what_the_plan_accepts_trains_within_it(case: Case, tmp_path: Path) -> None:
-    refusal = case.planner(tmp_path)
+    planner = Planner(case, tmp_path)
     draw = random.Random(f"{case.family.name} {case.keys}")
     resumed = case.commits and case.is_exact
     roomy = trained(case, case.config(tmp_path / "roomy", ROOMY, ROOMY), resumed=resumed)
-    least_device = border(lambda device: refusal(device, ROOMY))
-    larger_device = draw.randint(least_device + 1, 2 * least_device)
-    budgets = [(device, ROOMY) for device in from_border_up(least_device, draw)]
-    hosts = {
-        device: border(lambda host, device=device: refusal(device, host)) for device in (least_device, larger_device)
-    }
-    budgets += [(least_device, host) for host in from_border_up(hosts[least_device], draw)]
-    budgets += [(larger_device, hosts[larger_device])]
+    least = planner.least_device()
+    larger = draw.randint(least + 1, 2 * least)
+    hosts = {device: planner.least_host(device) for device in (least, larger)}
     for device, host in hosts.items():
-        assert border(lambda pages, host=host: refusal(pages, host)) <= device
+        assert planner.least_device(host) <= device
+    budgets = [(device, ROOMY) for device in from_border_up(least, draw)]
+    budgets += [(least, host) for host in from_border_up(hosts[least], draw)]
+    budgets += [(larger, hosts[larger])]
 
     for device, host in budgets:
         at = f"device {device}, host {host} pages"
@@ -193,9 +200,9 @@ def test_what_the_plan_accepts_trains_within_it(case: Case, tmp_path: Path) -> N
 def test_one_page_less_is_refused_before_anything_is_allocated(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusal = case.planner(tmp_path)
-    device = border(lambda device: refusal(device, ROOMY))
-    host = border(lambda host: refusal(device, host))
+    planner = Planner(case, tmp_path)
+    device = planner.least_device()
+    host = planner.least_host(device)
     monkeypatch.setattr("angelptm.engine.engine.assemble", lambda *_, **__: pytest.fail("allocates"))
     monkeypatch.setattr("angelptm.engine.engine.open_durable", lambda *_, **__: pytest.fail("makes files"))
     for tier, less in (("host", (device, host - 1)), ("device", (device - 1, ROOMY))):
