@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,13 @@ def gpu_memory_bytes(index: int = 0) -> int | None:
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         return None
     return int(torch.cuda.get_device_properties(index).total_memory)
+
+
+def peak_rss_bytes() -> int:
+    """The most that this program has had in memory so far. ru_maxrss, the answer where /proc has none, also knows the
+    process that started it."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", read_text(Path("/proc/self/status")))
+    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def _cgroup_limit_bytes() -> int | None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import signal
 import sys
 import tempfile
@@ -84,6 +83,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import angelptm
     from angelptm.config import Config
     from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
+    from angelptm.memory import peak_rss_bytes
     from angelptm.model.presets import PRESETS
     from angelptm.plan import plan_rows
     from angelptm.sizes import format_bytes
@@ -148,7 +148,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "fill_seconds": fill_seconds,
         "step_seconds": seconds,
         "ssd_bytes": moved,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
         "budget_bytes": checked.tiers.device + checked.tiers.host,
         "gradient_bytes": max(param.numel for unit in plan.units for param in unit.layout.params) * plan.param_itemsize,
         "keep_freed_bytes": checked.tiers.keep_freed_bytes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -18,6 +17,7 @@ from angelptm.engine import Engine
 from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of
 from angelptm.engine.timeline import Recording
 from angelptm.errors import ConfigError
+from angelptm.memory import peak_rss_bytes
 from angelptm.model.materialize import build_model
 from angelptm.plan import plan_summary
 from angelptm.sizes import format_bytes
@@ -141,7 +141,7 @@ def _train(
             scalars.step({"step": config.training.steps, "validation_loss": result.validation_loss_after})
         if config.training.sample_tokens and hasattr(model, "generate"):
             result.sample = _sample(engine, validation or training, config, reporter)
-        result.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result.peak_rss_bytes = peak_rss_bytes()
         engine.wait_for_checkpoint()
         folder.finish(result.to_json())
     finally:

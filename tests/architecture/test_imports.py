@@ -45,8 +45,8 @@ LAYERS: dict[str, str] = {
     "angelptm.plan angelptm.kernels angelptm.timeline angelptm.pages angelptm.device angelptm.model angelptm_native",
     "angelptm.foresight": "angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.units "
     "angelptm.states.formats angelptm.plan angelptm.device angelptm.model angelptm.engine angelptm_native",
-    "angelptm.train": "angelptm.errors angelptm.sizes angelptm.config angelptm.checkpoint angelptm.units angelptm.plan "
-    "angelptm.data angelptm.model angelptm.timeline angelptm.engine io_engine",
+    "angelptm.train": "angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.checkpoint "
+    "angelptm.units angelptm.plan angelptm.data angelptm.model angelptm.timeline angelptm.engine io_engine",
     # The public names.
     "angelptm": "angelptm.version angelptm.errors angelptm.config angelptm.engine angelptm.model.materialize",
     "angelptm.cli": "angelptm angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.checkpoint "

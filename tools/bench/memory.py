@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,7 +43,9 @@ def build(preset: str, seed: int, sequence: int) -> tuple[Any, Any]:
 
 
 def report(losses: list[float], seconds: list[float], **facts: Any) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from angelptm.memory import peak_rss_bytes
+
+    peak = peak_rss_bytes()
     print(json.dumps({"losses": losses, "step_seconds": seconds, "peak_rss_bytes": peak, **facts}))
 
 

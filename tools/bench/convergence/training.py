@@ -17,12 +17,13 @@ from typing import Any, Protocol
 
 import torch
 from bench.convergence.modes import LIBRARY_MODE, lr_factor, state_keys, update_keys
-from bench.step.worker import peak_rss_bytes, reply_channel, send
+from bench.step.worker import reply_channel, send
 
 import angelptm
 from angelptm.config import Config, load_config
 from angelptm.data import TokenBatches, open_dataset
 from angelptm.errors import NonFiniteError
+from angelptm.memory import peak_rss_bytes
 from angelptm.model.materialize import build_model
 from angelptm.train.schedule import make_scheduler
 

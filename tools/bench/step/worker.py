@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from bench.step.training import Work, timed_steps
+
+from angelptm.memory import peak_rss_bytes
 
 
 class Trained(Protocol):
@@ -70,12 +71,6 @@ def difference(after: Any, before: Any) -> Any:
     if isinstance(after, dict):
         return {key: difference(after[key], before[key]) for key in after}
     return after - before
-
-
-def peak_rss_bytes() -> int:
-    """Of this program alone: ru_maxrss also knows the process that started it."""
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(match.group(1)) * 1024 if match else 0
 
 
 def process_io() -> dict[str, int]:
