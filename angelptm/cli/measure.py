@@ -42,12 +42,15 @@ def measure(
         if not folder.is_dir():
             raise AngelPTMError(f"--path {folder}: no such folder. Make it, or name another one.")
     content: dict[str, Any] = {}
-    with Console(stderr=True).status("measuring the device and the cores"):
-        content |= measure_device(device)
-    if folders:
+    if folders:  # first, as it is what may be refused
         plan = TunePlan([str(folder) for folder in folders], file_bytes, _BLOCK_BYTES, _QUEUE_DEPTHS, _ROUNDS)
-        with shown_progress() as progress:
-            content |= tune(plan, progress)
+        try:
+            with shown_progress() as progress:
+                content |= tune(plan, progress)
+        except ValueError as error:
+            raise AngelPTMError(f"--size {size}: {error}") from None
+    with Console(stderr=True).status("measuring the device and the cores"):
+        content = {**measure_device(device), **content}
     content["machine"] = machine_facts(str(folders[0] if folders else Path.cwd()))
     content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     write_hardware_file(str(output), content)

@@ -77,21 +77,24 @@ def plan(
             print(prediction.describe())
         return
     hardware = None if measure else loaded.described_hardware()
-    if (search or max_scale) and not (measure or loaded.hardware == "auto" or (hardware and hardware.predicts)):
+    if hardware is not None and not hardware.predicts:  # rates of drives alone
+        hardware = None
+    has_rates = measure or loaded.hardware == "auto" or hardware is not None
+    if (search or max_scale) and not has_rates:
         raise typer.BadParameter("--search and --max-scale want a machine's rates: add --measure, or hardware: FILE")
     if search:
         _search(loaded, hardware, json)
     elif max_scale:
         _max_scale(loaded, hardware, json)
     else:
-        _plan(loaded, hardware, measure, json)
+        _plan(loaded, hardware, has_rates, json)
 
 
-def _plan(config: Config, hardware: Hardware | None, measure: bool, json: bool) -> None:
+def _plan(config: Config, hardware: Hardware | None, has_rates: bool, json: bool) -> None:
     model, made = planned(config, hardware)
     facts: dict[str, Any] = {}
     text = ""
-    if measure or config.hardware == "auto" or (hardware is not None and hardware.predicts):
+    if has_rates:
         from angelptm.foresight.outlook import look_ahead, require_memory
 
         target = _target(config, hardware)
@@ -112,7 +115,7 @@ def _plan(config: Config, hardware: Hardware | None, measure: bool, json: bool) 
 def _target(config: Config, hardware: Hardware | None) -> Target:
     from angelptm.foresight.outlook import described_machine, this_machine
 
-    if hardware is not None and hardware.predicts:
+    if hardware is not None:
         return described_machine(hardware, config)
     with Console(stderr=True).status("measuring this machine"):
         return this_machine(config)
@@ -120,7 +123,7 @@ def _target(config: Config, hardware: Hardware | None) -> Target:
 
 def _show_limits(plan: Plan, config: Config, hardware: Hardware | None) -> None:
     """What this machine allows a process beside its memory, where the plan is for this machine."""
-    if hardware is not None and hardware.predicts:
+    if hardware is not None:
         return
     memory, pool = host_memory(), plan.host_frames * plan.page_bytes
     for name, limit in (("control group", memory.cgroup_limit_bytes), ("locked memory", memory.memlock_limit_bytes)):

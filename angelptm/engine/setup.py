@@ -120,7 +120,7 @@ def _free_bytes(folders: Sequence[Path]) -> list[int]:
 def budgets_of(config: Config, buffer_bytes: int = 0, hardware: Hardware | None = None) -> Budgets:
     """The config's budgets, with the disks' free space as it is now: what the run's own slot files take already, which
     it will use again, counts as free. ``buffer_bytes``: of the model's buffers, which commits hold. ``hardware``: of
-    the machine that is planned for, if it is another one; its drives and cores count then."""
+    the machine that is planned for; its cores count, and its drives where they are not this machine's."""
     commits = config.checkpoint.folder
     # Without an SSD tier the slots of commits are beside their manifests.
     folders = [folder.path for folder in config.tiers.ssd] or ([commits] if commits is not None else [])
@@ -130,7 +130,8 @@ def budgets_of(config: Config, buffer_bytes: int = 0, hardware: Hardware | None 
     cores = len(os.sched_getaffinity(0))
     if hardware is not None:
         for index, one in enumerate(hardware.ssd[: len(free)]):
-            free[index] = one.capacity or free[index]
+            if one.capacity is not None and not one.path.exists():  # what a drive here has free is known better
+                free[index] = one.capacity
         cores = hardware.host.cores if hardware.host is not None else cores
     return Budgets(
         page_bytes=config.page_size,

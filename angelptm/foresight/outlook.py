@@ -15,7 +15,7 @@ from angelptm.engine.measure import usual_formats
 from angelptm.engine.planning import settings_of
 from angelptm.errors import CapacityError, ConfigError
 from angelptm.foresight.machine import measure_machine
-from angelptm.foresight.step import ComputeRates, Foreseen, Operators, Roofline, Timed, activation_bytes_of, foresee
+from angelptm.foresight.step import ComputeRates, Foreseen, Operators, Roofline, Timed, foresee
 from angelptm.memory import PROCESS_BYTES, gpu_memory_bytes, host_memory
 from angelptm.plan import NOMINAL_RATES, ChannelRates, Plan, Prediction, Rates, Trace, choose, rates_for
 from angelptm.sizes import format_bytes
@@ -160,6 +160,7 @@ class Outlook:
     def facts(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {
+            "micro_batches": self.micro_batches,
             "step_seconds": self.step_seconds,
             "tokens_per_s": self.tokens_per_s,
             "mfu": self.mfu,
@@ -219,8 +220,8 @@ def outlook_of(foreseen: Foreseen, config: Config, plan: Plan, target: Target, s
         tokens_per_step=foreseen.trace.tokens_per_step * count,
         model_flops=flops,
         mfu=flops / step / target.compute.flops_per_s[config.precision],
-        activation_bytes=activation_bytes_of(trace),
-        workspace_bytes=2 * foreseen.largest_bytes,
+        activation_bytes=foreseen.activation_bytes,
+        workspace_bytes=foreseen.workspace_bytes,
         ssd_written_bytes=sum(link["ssd_written"] for link in prediction.traffic.values()),
         steps_behind=_steps_behind(plan, rates, prediction, step) if config.update.is_swept else None,
     )
@@ -257,7 +258,7 @@ class Need:
 def device_needs(plan: Plan, activations: int, workspace: int) -> list[Need]:
     """Of a device with memory of its own."""
     return [
-        Need("pages", (plan.arena.peak_frames + plan.device_state_frames) * plan.page_bytes),
+        Need("pages", plan.device_peak_bytes),
         Need("activations", activations),
         Need("workspace", workspace),
         Need("CUDA itself", CONTEXT_BYTES),
@@ -268,7 +269,7 @@ def host_needs(plan: Plan, activations: int, workspace: int, config: Config) -> 
     """Of the host, where the device arena and activations are, too, on ``device: cpu``."""
     found = [Need("pages", plan.host_frames * plan.page_bytes), Need("the process", PROCESS_BYTES)]
     if not config.device.startswith("cuda"):
-        found.append(Need("the device's pages", (plan.arena.peak_frames + plan.device_state_frames) * plan.page_bytes))
+        found.append(Need("the device's pages", plan.device_peak_bytes))
         found += [Need("activations", activations), Need("workspace", workspace)]
     return found
 

@@ -13,7 +13,7 @@ from angelptm.config.schema import Hardware
 from angelptm.engine.setup import budgets_of, buffer_bytes_of, lay_out, plan_of
 from angelptm.errors import AngelPTMError, CapacityError
 from angelptm.foresight.outlook import CONTEXT_BYTES, Outlook, Target, outlook_of, require_memory
-from angelptm.foresight.step import Foreseen, activation_bytes_of, foresee
+from angelptm.foresight.step import Foreseen, foresee
 from angelptm.model.materialize import build_model
 from angelptm.plan import Plan, plan_from_trace
 
@@ -98,9 +98,10 @@ class Search:
         foreseen = foresee(self._model, config, plan, self._target.operators)
         if self._target.device_bytes is not None:
             # Pages get what activations leave of the device.
-            beside = activation_bytes_of(foreseen.trace) + 2 * foreseen.largest_bytes + CONTEXT_BYTES
+            beside = foreseen.activation_bytes + foreseen.workspace_bytes + CONTEXT_BYTES
             size = (self._target.device_bytes - beside) // _MIB * _MIB
-            changes = {**changes, "tiers.device": f"{max(size, plan.page_bytes) // _MIB}MiB"}
+            if size >= plan.page_bytes:  # else it is refused below
+                changes = {**changes, "tiers.device": f"{size // _MIB}MiB"}
         return self._with(changes, foreseen), foreseen
 
     def _with(self, changes: Mapping[str, Any], foreseen: Foreseen) -> Proposal:
@@ -139,9 +140,9 @@ class _Family:
         self._keys = _layer_keys(build_model(config))
         # The first layer may make what all others take.
         two, three = (self._foresee(*self._planned(layers)) for layers in (2, 3))
-        self._second = activation_bytes_of(two.trace)
-        self._more = max(0, activation_bytes_of(three.trace) - self._second)
-        self._workspace = 2 * three.largest_bytes
+        self._second = two.activation_bytes
+        self._more = max(0, three.activation_bytes - self._second)
+        self._workspace = three.workspace_bytes
 
     def plan(self, layers: int) -> tuple[Config, nn.Module, Plan]:
         """Raises CapacityError where it does not fit."""

@@ -184,6 +184,16 @@ class Foreseen:
     model_flops: int
     largest_bytes: int
 
+    @property
+    def activation_bytes(self) -> int:
+        """Most that autograd keeps for backward at once."""
+        return activation_bytes_of(self.trace)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What operators need meanwhile, as an estimate: what goes into the largest, and what comes out of it."""
+        return 2 * self.largest_bytes
+
     def repeated(self, count: int) -> Foreseen:
         """The same with so many micro-batches one after the other: gradients are complete in the last of them."""
         one = self.trace

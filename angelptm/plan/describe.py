@@ -33,7 +33,7 @@ def plan_summary(plan: Plan) -> dict[str, object]:
         "kinds": plan.kind_bytes,
         "device": {
             "frames": plan.device_frames,
-            "peak_bytes": (plan.arena.peak_frames + plan.device_state_frames) * plan.page_bytes,
+            "peak_bytes": plan.device_peak_bytes,
             "lower_bound_bytes": plan.arena.lower_bound_frames * plan.page_bytes,
         },
         "host": {

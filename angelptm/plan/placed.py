@@ -117,6 +117,11 @@ class Plan:
         return self.units[unit].frame_offset * self.page_bytes + index * self.page_elements * self.param_itemsize
 
     @property
+    def device_peak_bytes(self) -> int:
+        """Of the arena: parameters at most, and the states that live there."""
+        return (self.arena.peak_frames + self.device_state_frames) * self.page_bytes
+
+    @property
     def device_state_frames(self) -> int:
         """Frames behind those of parameters that hold states."""
         states = [tiers["device"] for kind, tiers in self.kind_bytes.items() if kind not in ("PARAM", "GRAD")]

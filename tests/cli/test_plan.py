@@ -108,6 +108,9 @@ def test_measure_refuses_a_folder_that_is_not_there(tmp_path: Path, angelptm: Ca
     outcome = angelptm("measure", "--path", str(tmp_path / "none"), "-o", str(tmp_path / "hardware.yaml"))
     assert outcome.code == 2
     assert "no such folder" in outcome.err
+    outcome = angelptm("measure", "--path", str(tmp_path), "--size", "1KiB", "-o", str(tmp_path / "hardware.yaml"))
+    assert outcome.code == 2
+    assert "error: --size 1KiB: block size" in outcome.err
     assert not (tmp_path / "hardware.yaml").exists()
 
 

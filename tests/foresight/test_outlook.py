@@ -142,6 +142,14 @@ def test_file_that_says_too_little_or_is_of_another_device_is_refused(tmp_path: 
             described_machine(hardware_of(config), config)
 
 
+def test_drive_that_is_here_has_the_room_that_it_has_now(tmp_path: Path) -> None:
+    full = {**GPU["ssd"][0], "capacity": "1MiB"}
+    with pytest.raises(CapacityError, match="tier ssd"):
+        made(config_of(tmp_path, described(tmp_path, ssd=[full]), placement={"states": "ssd"}))
+    here = described(tmp_path, ssd=[{**full, "path": str(tmp_path)}])
+    assert made(config_of(tmp_path, here, placement={"states": "ssd"}))[1].ssd_slots > 1
+
+
 def test_search_finds_settings_that_are_at_least_as_fast_and_that_fit(tmp_path: Path) -> None:
     config = config_of(
         tmp_path,
