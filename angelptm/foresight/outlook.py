@@ -256,9 +256,9 @@ class Need:
 
 
 def device_needs(plan: Plan, activations: int, workspace: int) -> list[Need]:
-    """Of a device with memory of its own."""
+    """Of a device with memory of its own, on which the arena is one allocation."""
     return [
-        Need("pages", plan.device_peak_bytes),
+        Need("pages", plan.device_frames * plan.page_bytes),
         Need("activations", activations),
         Need("workspace", workspace),
         Need("CUDA itself", CONTEXT_BYTES),
