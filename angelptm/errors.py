@@ -91,3 +91,12 @@ class CorruptPageError(CheckpointError):
             or "The drive returned other bytes than it was given: resume from the last commit that "
             "`angelptm checkpoint verify` finds intact.",
         )
+
+
+class RankError(AngelPTMError):
+    """Another rank of the run did not do its part. ``rank`` is the one to blame, None where nobody knows; ``operation``
+    is what this rank was at, with the unit where it was about one."""
+
+    def __init__(self, rank: int | None, operation: str, text: str) -> None:
+        self.rank, self.operation = rank, operation
+        super().__init__(text)

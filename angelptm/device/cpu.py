@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import AbstractContextManager, nullcontext
 
 import angelptm_native as native
 import torch
@@ -62,6 +63,9 @@ class CpuDevice:
 
     def computed(self, stream: native.CopyStream) -> int:
         raise AssertionError(f"{stream}: this device has no streams")
+
+    def behind(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def generator_state(self) -> torch.Tensor | None:
         return None

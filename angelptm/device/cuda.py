@@ -6,6 +6,7 @@ Not one line of this depends on CUDA at build time: libcudart is the one that to
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class CudaDevice:
         self.copies_in: native.CopyStream | None = native.CudaStream(addresses, index)
         self.copies_out: native.CopyStream | None = native.CudaStream(addresses, index)
         self._registered: list[int] = []
+        self._side = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]  # of other threads
 
     def begin_steps(self) -> None:
         """torch's allocator keeps what steps free, for steps to come."""
@@ -125,6 +127,9 @@ class CudaDevice:
     def computed(self, stream: native.CopyStream) -> int:
         return stream.computed(torch.cuda.current_stream(self.torch_device).cuda_stream)
 
+    def behind(self) -> AbstractContextManager[object]:
+        return _Behind(self._side, torch.cuda.current_stream(self.torch_device).record_event())
+
     def generator_state(self) -> torch.Tensor | None:
         return torch.cuda.get_rng_state(self.torch_device)
 
@@ -140,6 +145,21 @@ class CudaDevice:
             self.synchronize()
         while self._registered:
             self._runtime.cudaHostUnregister(ctypes.c_void_p(self._registered.pop()))
+
+
+class _Behind:
+    """Work of a thread on a stream that waits for an event."""
+
+    def __init__(self, stream: Any, event: Any) -> None:
+        self._stream, self._event = stream, event
+        self._context = torch.cuda.stream(stream)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()  # type: ignore[no-untyped-call]
+        self._stream.wait_event(self._event)
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
 
 
 def _text_of(runtime: ctypes.CDLL, result: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import angelptm_native as native
@@ -60,6 +61,11 @@ class Device(Protocol):
 
     def computed(self, stream: native.CopyStream) -> int:
         """A mark for ``stream`` of all operations that the device was given so far."""
+        ...
+
+    def behind(self) -> AbstractContextManager[object]:
+        """For another thread: what torch is given inside runs after all operations that the device was given so far,
+        and after nothing that comes later."""
         ...
 
     def generator_state(self) -> torch.Tensor | None:

@@ -27,6 +27,7 @@ from angelptm.engine.updates import Updates
 from angelptm.engine.values import Values
 from angelptm.pages import Catalogue, PageIds, SlotFiles, allocate_pages, open_store
 from angelptm.plan import Plan
+from angelptm.ranks import Gatherer, Ranks
 from angelptm.units import ParamLayout
 
 _log = logging.getLogger("angelptm")
@@ -49,6 +50,8 @@ class Parts:
     leaves: list[UnitLeaves]
     residency: Residency
     dtype: torch.dtype
+    ranks: Ranks
+    gatherer: Gatherer | None  # where other ranks have pages of this model
 
     @property
     def swept(self) -> SweptUpdates | None:
@@ -64,6 +67,7 @@ def assemble(
     slot_files: SlotFiles | None,
     faults: native.FaultPlan | None,
     take_gradient: Callable[[int, int, ParamLayout, torch.Tensor], None],
+    ranks: Ranks,
 ) -> Parts:
     """Takes all memory and disk space. ``take_gradient`` gets each gradient as it completes."""
     dtype, grad_dtype = TORCH_DTYPES[config.precision], TORCH_DTYPES[grad_precision(config)]
@@ -118,7 +122,8 @@ def assemble(
             keep=config.checkpoint.keep,
             deadline_seconds=deadline_seconds,
         )
-    gradients = Gradients(plan, pages, store, device, grad_dtype, catalogue.name, deadline_seconds)
+    gradients = Gradients(plan, pages, store, device, grad_dtype, catalogue.name, deadline_seconds, ranks)
+    gatherer = None if ranks.share.is_whole else Gatherer(ranks)
     leaves = [
         UnitLeaves(unit.layout, model, device, dtype, gradients.has, take_gradient, one_leaf=grad_dtype != dtype)
         for unit in plan.units
@@ -133,8 +138,10 @@ def assemble(
         updates=updates,
         commits=commits,
         gradients=gradients,
-        values=Values(plan, pages, store, device, dtype, updates, fetcher, catalogue.name),
+        values=Values(plan, pages, store, device, dtype, updates, fetcher, catalogue.name, ranks),
         leaves=leaves,
-        residency=Residency(plan, pages, fetcher, device, leaves, updates, catalogue.name, deadline_seconds),
+        residency=Residency(plan, pages, fetcher, device, leaves, updates, catalogue.name, deadline_seconds, gatherer),
         dtype=dtype,
+        ranks=ranks,
+        gatherer=gatherer,
     )

@@ -35,6 +35,7 @@ from angelptm.engine.traffic import Traffic
 from angelptm.errors import AngelPTMError, NonFiniteError
 from angelptm.model.materialize import source_of
 from angelptm.plan import Plan
+from angelptm.ranks import Ranks, join
 from angelptm.units import ParamLayout, Structure
 
 
@@ -61,13 +62,18 @@ class Engine:
         resume_step: int | None = None,
         faults: native.FaultPlan | None = None,
         disk: Disk | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """``resume``: the checkpoint folder, or the run folder, whose commit fills the pages; ``resume_step``: which
-        one, the newest if None. ``faults`` and ``disk`` are for tests: what goes wrong below, and who watches."""
+        one, the newest if None. ``faults`` and ``disk`` are for tests: what goes wrong below, and who watches.
+        ``ranks``: who trains this model together, as ``angelptm.ranks.join`` finds them where it is None."""
         self.module = model
         self.config = config
+        self.ranks = ranks or join(config)
         structure, layouts = lay_out(model, config)
-        self.plan: Plan = plan_of(structure, layouts, config, buffer_bytes_of(model))
+        self.plan: Plan = self.ranks.together(
+            lambda: plan_of(structure, layouts, config, buffer_bytes_of(model), ranks=self.ranks), "planning"
+        )
         self._params: dict[str, tuple[int, ParamLayout]] = {
             param.name: (layout.index, param) for layout in layouts for param in layout.params
         }
@@ -89,7 +95,7 @@ class Engine:
             if durable is not None:
                 undo.callback(durable.folder.close)
                 undo.callback(remove_new_slot_files, durable)
-            parts = assemble(model, config, self.plan, durable, slot_files, faults, self._take_gradient)
+            parts = assemble(model, config, self.plan, durable, slot_files, faults, self._take_gradient, self.ranks)
             self._wire(parts, structure, named_groups)
             undo.callback(self._hooks.remove)
             if resume is None:
@@ -106,6 +112,7 @@ class Engine:
         self._gradients, self._values, self._commits = parts.gradients, parts.values, parts.commits
         self._catalogue, self._fetcher = parts.catalogue, parts.fetcher
         self._leaves, self._residency, self._swept = parts.leaves, parts.residency, parts.swept
+        self._gatherer = parts.gatherer
         if self.config.gradient_checkpointing:
             checkpoint_blocks(self.module, structure)
         scheduler = Scheduler(structure.sites, parts.pages, parts.residency, parts.updates, parts.fetcher)
@@ -136,6 +143,7 @@ class Engine:
             self._gradient_came,
             lambda: self._planning.is_tracing,
             parts.swept,
+            self.ranks,
         )
         self._durability = Durability(parts, self.module, self.config, self.optimizer, self._progress)
         self._recording: Recording | None = None
@@ -194,10 +202,12 @@ class Engine:
             f"Call step() after {last + 1} backward passes, set gradient_accumulation_steps, or execution.updates: "
             "forward.",
         )
-        if not bool(torch.isfinite(loss.detach()).all()):
+        finite = bool(torch.isfinite(loss.detach()).all())
+        if self.ranks.any(not finite, "whether the loss is finite"):
             self._drop_gradients()
+            found = "not finite on another rank" if finite else str(float(loss.detach().float().mean()))
             raise NonFiniteError(
-                f"step {self.global_step}: the loss is {float(loss.detach().float().mean())}. Parameters and states "
+                f"step {self.global_step}: the loss is {found}. Parameters and states "
                 "are those of the last good step. Lower optimizer.lr, set gradient_clipping, or look at the batch."
             )
         self._stepping.begin_backward(step_follows=self._micro_step == last)
@@ -494,6 +504,8 @@ class Engine:
         """
         with ExitStack() as last:
             last.callback(self._device.close)
+            if self._gatherer is not None:
+                last.callback(self._gatherer.close)
             last.callback(self._residency.settle)  # fetches for a step that will not come
             last.callback(self._updates.close)
             last.callback(self._hooks.remove)

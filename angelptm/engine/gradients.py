@@ -17,8 +17,10 @@ from angelptm.engine.loading import loading
 from angelptm.engine.readout import ReadOut
 from angelptm.errors import AngelPTMError
 from angelptm.pages import PageIds
-from angelptm.plan import Plan
-from angelptm.units import ParamLayout, UnitLayout
+from angelptm.plan import PEER, Plan
+from angelptm.ranks import Ranks, Reducer
+from angelptm.ranks.reduce import LeafShape
+from angelptm.units import ParamLayout, UnitLayout, leaves_of
 from angelptm.units.layout import ALIGN_ELEMENTS
 
 _Callback = Callable[[], None]
@@ -72,6 +74,7 @@ class Gradients:
         grad_dtype: torch.dtype,
         name_page: Callable[[int], str],
         deadline_seconds: float,
+        ranks: Ranks,
     ) -> None:
         self._plan = plan
         self._name_page = name_page
@@ -98,19 +101,57 @@ class Gradients:
         if device.copies_out is not None:
             frames = [self._mover.staging_frame() for _ in range(plan.readout_frames)]
             self._readout = ReadOut(device, device.copies_out, frames, self._mover.address, deadline_seconds)
+        self._ranks = ranks
+        self._reducer: Reducer | None = None
+        if not ranks.is_alone:
+            self._reducer = Reducer(
+                ranks, _leaf_shapes(plan), device.torch_device, torch.float32, lambda *leaf: self._for_others(*leaf)
+            )
+        self._for_others: Callable[[int, int], Callable[[torch.Tensor], None]]
+
+    def reduce_for_others(self, callbacks: Callable[[int, int], tuple[_Callback, _Callback]]) -> None:
+        """``callbacks`` makes ``before`` and ``done`` of accumulate for a unit's leaf that other ranks alone have a
+        gradient of."""
+
+        def then(unit: int, leaf: int) -> Callable[[torch.Tensor], None]:
+            param = leaves_of(self._plan.units[unit].layout)[leaf]
+            before, done = callbacks(unit, leaf)
+            self._under_way[param.name] += 1
+            return lambda gradient: self._reduced(unit, param, gradient, before, done)
+
+        self._for_others = then
 
     def accumulate(
-        self, unit: int, param: ParamLayout, gradient: torch.Tensor, *, before: _Callback, done: _Callback
+        self, unit: int, leaf: int, param: ParamLayout, gradient: torch.Tensor, *, before: _Callback, done: _Callback
     ) -> None:
-        """Adds a parameter's gradient of any float dtype. ``before`` is called before the unit's pages change, ``done``
-        when they have the gradient: both in this call where the device's tensors are the CPU's, else in this one or
-        in a later one, of ``settle`` at the latest.
+        """Adds the gradient of a parameter's leaf, of any float dtype. ``before`` is called before the unit's pages
+        change, ``done`` when they have the gradient: both in this call where there is one rank and the device's tensors
+        are the CPU's, else in this one or in a later one, of ``settle`` at the latest.
+
+        Of several ranks' gradients it is the mean that is added, to the pages that this rank has.
         """
         if gradient.layout is not torch.strided:
             raise AngelPTMError(
                 f"parameter {param.name}: its gradient is sparse; only dense gradients are supported. "
                 "Use sparse=False in the embedding."
             )
+        if self._reducer is None:
+            self._add(unit, param, gradient, before, done)
+            return
+        self._under_way[param.name] += 1
+        self._reducer.take(unit, leaf, gradient, lambda mean: self._reduced(unit, param, mean, before, done))
+
+    def _reduced(
+        self, unit: int, param: ParamLayout, gradient: torch.Tensor, before: _Callback, done: _Callback
+    ) -> None:
+        self._under_way[param.name] -= 1
+        self._add(unit, param, gradient, before, done)
+        # Other ranks have it too, whoever's its pages are.
+        self._units[unit].norms.setdefault(param.name, {})
+        if self._readout is not None:
+            self._readout.wait()  # what follows from a gradient comes at the same place of the step on all ranks
+
+    def _add(self, unit: int, param: ParamLayout, gradient: torch.Tensor, before: _Callback, done: _Callback) -> None:
         source = gradient.contiguous()
         if source.dtype not in NATIVE_DTYPES:
             source = source.float()
@@ -133,16 +174,34 @@ class Gradients:
         self._readout.then(taken)
 
     def settle(self) -> None:
-        """Returns when all gradients that came are in their pages."""
+        """Returns when all gradients of a pass are in their pages. On all ranks, when the pass is over on each."""
+        if self._reducer is not None:
+            self._reducer.finish()
+        self.look()
+
+    def look(self) -> None:
+        """Returns when all gradients that are on their way are in their pages."""
+        if self._reducer is not None:
+            self._reducer.land()
         if self._readout is not None:
             self._readout.wait()
+
+    def own_elements(self, unit: int, param: ParamLayout) -> int:
+        """Of a trainable parameter: those of which this rank has the gradient."""
+        if self._reducer is None:
+            return param.numel
+        own = self._ranks.share.index
+        return sum(end - start for start, end, owner in self._plan.pieces_of(unit, param) if owner == own)
 
     def _pieces_of(self, param: ParamLayout, itemsize: int) -> list[_Piece]:
         """A parameter's elements by page, and no more at once than a frame holds. Each piece but the first begins with
         a leaf of the norm's tree."""
         found: list[_Piece] = []
         most = self._plan.page_bytes // itemsize // native.GRAD_BLOCK * native.GRAD_BLOCK
+        homes = self._homes[self._unit_of[param.name]]
         for page in range(param.offset // self._page_elements, -(-param.end // self._page_elements)):
+            if homes[page] == PEER:
+                continue
             start, stop = page * self._page_elements, (page + 1) * self._page_elements
             first, end = max(param.offset, start), min(param.end, stop)
             covered = first == start and end == stop
@@ -258,17 +317,23 @@ class Gradients:
 
     @property
     def finite(self) -> bool:
+        """Of what this rank has."""
         return self._finite
 
     def norm(self) -> float:
-        """The global L2 norm of the accumulated gradients; independent of pages and tiers."""
-        total = 0.0
+        """The global L2 norm of the accumulated gradients; independent of pages, tiers and ranks. On all ranks."""
+        found: list[tuple[int, list[float]]] = []  # of each parameter: its first leaf of the tree, and their sums
         for plan, unit in zip(self._plan.units, self._units):
             for param in plan.layout.params:
-                if sums := unit.norms.get(param.name):
-                    first = min(sums)
-                    total += native.tree_sum([sums[leaf] for leaf in sorted(sums)], first)
-        return float(total**0.5)
+                if (sums := unit.norms.get(param.name)) is not None and param.numel:
+                    first, end = param.offset // native.GRAD_BLOCK, -(-param.end // native.GRAD_BLOCK)
+                    found.append((first, [sums.get(leaf, 0.0) for leaf in range(first, end)]))
+        if not self._ranks.share.is_whole:
+            flat = torch.tensor([one for _, sums in found for one in sums], dtype=torch.float64)
+            self._ranks.add_up(flat, "the norm of the gradients")
+            rest = iter(flat.tolist())
+            found = [(first, [next(rest) for _ in sums]) for first, sums in found]
+        return float(sum(native.tree_sum(sums, first) for first, sums in found) ** 0.5)
 
     def forget(self, unit: int) -> None:
         """The updater has the unit's gradients: the next one starts afresh."""
@@ -276,6 +341,8 @@ class Gradients:
 
     def clear(self) -> None:
         """Drops all gradients, and the slots they hold."""
+        if self._reducer is not None:
+            self._reducer.drop()
         if self._readout is not None:
             self._readout.drop()
         self._under_way.clear()
@@ -292,6 +359,18 @@ class Gradients:
     def passed(self) -> None:
         """After a step: the finiteness of what comes next is unknown again."""
         self._finite = True
+
+
+def _leaf_shapes(plan: Plan) -> dict[tuple[int, int], LeafShape]:
+    """Of each (unit, leaf)."""
+    found = {}
+    for unit in plan.units:
+        for leaf, param in enumerate(leaves_of(unit.layout)):
+            if param.trainable:
+                found[unit.layout.index, leaf] = LeafShape(
+                    param.name, tuple(param.shape), plan.pieces_of(unit.layout.index, param)
+                )
+    return found
 
 
 def _members(layout: UnitLayout, page_elements: int) -> list[set[str]]:

@@ -66,6 +66,7 @@ class UnitLeaves:
         their leaf from the first backward pass on, as they must where pages keep gradients in more precision than
         autograd does."""
         self.layout = layout
+        self.itemsize = dtype.itemsize
         self.placed = False
         self._places: set[int] = set()  # arena offsets that the step's graphs may refer to
         self._device = device

@@ -111,13 +111,15 @@ class Planning:
     def end_step(self) -> None:
         if self._hooks.tracer is None:
             return
+        ranks = self._parts.ranks
         traced = self._tracer.end_step(0, {})
         self._parts.updates.drain()
+        ranks.barrier("the end of a traced step")  # all measure while nothing moves
         self._speeds.append(compute_speed(self._parts.dtype, self._parts.device))
         trace = self._tracer.trace
         if traced and trace is not None and self._tracer.steps >= TRACED_STEPS:
             self.rates = self._measure()
-            if self.rates is not None:
+            if not ranks.any(self.rates is None, "the rates of this machine") and self.rates is not None:
                 self._hooks.tracer = None
                 self._conclude(trace, self.rates)
         self._tracer.go_on()
@@ -126,12 +128,22 @@ class Planning:
         plan = self._parts.plan
         self._peaks = self._peak_bytes()
         seconds = max(_CHOOSING_SECONDS, _CHOOSING_PART * trace.step_seconds)
-        try:
-            self._chosen, self.prediction = choose(plan, trace, rates, self._settings, lead=self._lead, seconds=seconds)
-        except CapacityError as refused:
+        refused = None
+        if self._parts.ranks.is_first:
+            try:
+                self._chosen, self.prediction = choose(
+                    plan, trace, rates, self._settings, lead=self._lead, seconds=seconds
+                )
+            except CapacityError as error:
+                refused = str(error)
+        # What ranks gather, and when, is the same for all: that of the first one's schedule.
+        self._chosen, refused = self._parts.ranks.of_first((self._chosen, refused), "the schedule")
+        if self._chosen is None:
             # The traced steps found room for each unit as it came; there is none that all of them could keep.
             _log.warning("units go on to move on demand, as no schedule of them fits: %s", refused)
             return
+        if not self._parts.ranks.is_first:
+            self.prediction = simulate(plan, trace, self._chosen, rates, self._settings)
         if self._settings.mode == "planned":
             self._scheduler.follow(trace, self._chosen, use_offsets=not plan.params_stay)
 

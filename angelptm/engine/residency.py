@@ -18,6 +18,8 @@ from angelptm.engine.updates import Updates
 from angelptm.errors import AngelPTMError, CapacityError
 from angelptm.pages import PageIds, naming
 from angelptm.plan import Plan
+from angelptm.ranks import Arrival, Gatherer
+from angelptm.ranks.gather import GatheredPage
 from angelptm.sizes import mib
 
 
@@ -25,8 +27,8 @@ from angelptm.sizes import mib
 class _State:
     """A unit's place in the arena, in frames. ``offset`` is None while it is not there.
 
-    ``arriving`` is the ticket of a fetch whose end nobody has seen. ``pins`` counts the modules that are computing with
-    the unit, which may not lose it. ``in_backward`` marks a unit whose gradients are still coming: it stays unless its
+    ``arriving`` is the ticket of a fetch, from all ranks, whose end nobody has seen. ``pins`` counts the modules that
+    are computing with the unit, which may not lose it. ``in_backward`` marks a unit whose gradients are still coming: it stays unless its
     frames are needed, and comes back on use; a fetch ahead of use may not take its frames before it is ``finished``.
     ``version`` counts changes of its parameters.
 
@@ -39,7 +41,7 @@ class _State:
     frames: int
     leaves: int
     offset: int | None = None
-    arriving: native.Ticket | None = None
+    arriving: native.Ticket | Arrival | None = None
     ahead: bool = False
     pins: int = 0
     in_backward: bool = False
@@ -83,8 +85,12 @@ class Residency:
         updates: Updates,
         name_page: Callable[[int], str],
         deadline_seconds: float,
+        gatherer: Gatherer | None,
     ) -> None:
+        """``gatherer``: brings the pages of other ranks; None where this one has all."""
         self._plan = plan
+        self._gatherer = gatherer
+        self._uint8_pages: dict[tuple[int, int], list[GatheredPage]] = {}  # by unit and offset
         self._name_page = name_page
         self._pages = pages
         self._fetcher = fetcher
@@ -221,31 +227,62 @@ class Residency:
         for other in self._occupants(state.planned_offset, state.frames):
             occupant = self._units[other]
             busy = occupant.pins > 0 or self._on_device[other] or (occupant.in_backward and not occupant.finished)
-            if busy or (occupant.arriving is not None and not occupant.arriving.done()):
+            if busy or self._is_awaited(occupant):
                 return False
         self._evict_overlapping(state.planned_offset, state.frames)
         self.counts.ahead += 1
         self._begin(unit, state.planned_offset, urgent=False)
         return True
 
+    def _is_awaited(self, occupant: _State) -> bool:
+        """Whether a unit that is on its way must be let come first. Among several ranks until somebody has used it,
+        since what has come is a matter of time, and all ranks have to decide the same."""
+        if occupant.arriving is None:
+            return False
+        return self._gatherer is not None or not occupant.arriving.done()
+
     def _begin(self, unit: int, offset: int, *, urgent: bool) -> None:
         state = self._units[unit]
         start = offset * self._plan.page_bytes
         items = [
             (page, self._device.address(start + index * self._plan.page_elements * self._plan.param_itemsize))
-            for index, page in enumerate(self._pages[unit].params)
+            for index, page in self._pages[unit].own_params
         ]
         what = f"unit {self._plan.units[unit].layout.name}, which is fetched to the device"
         if self._swept is not None:
             state.arriving = self._fetch_held(self._swept, unit, what, items, urgent=urgent)
         else:
-            state.arriving = self._fetcher.fetch(
+            own = self._fetcher.fetch(
                 what, items, after=self._updates.ticket(unit), urgent=urgent, computed=self._computed()
             )
+            state.arriving = own if self._gatherer is None else self._gather(self._gatherer, unit, start, own)
         state.offset = offset
         state.ahead = not urgent
         self.counts.fetches += 1
         self.peak_frames = max(self.peak_frames, self.used_frames)
+
+    def _gather(self, gatherer: Gatherer, unit: int, start: int, own: native.Ticket) -> Arrival:
+        """Has the unit's pages brought to its frames from the ranks that have them."""
+        what = f"gathering unit {self._plan.units[unit].layout.name}"
+        return gatherer.gather(what, own, self._gathered(unit, start), self._device.behind(), self._deadline_seconds)
+
+    def _gathered(self, unit: int, start: int) -> list[GatheredPage]:
+        """The unit's pages in the arena from byte ``start`` on."""
+        found = self._uint8_pages.get((unit, start))
+        if found is None:
+            plan, stride = self._plan, self._plan.page_elements * self._plan.param_itemsize
+            sizes = [span.elements for span in plan.units[unit].spans]
+            left = plan.units[unit].layout.frozen_elements
+            for _ in plan.units[unit].frozen_homes:
+                sizes.append(min(left, plan.page_elements))
+                left -= sizes[-1]
+            found = self._uint8_pages[unit, start] = [
+                GatheredPage(
+                    self._device.view(start + page * stride, (size * plan.param_itemsize,), (1,), torch.uint8), owner
+                )
+                for page, (size, owner) in enumerate(zip(sizes, plan.units[unit].owners))
+            ]
+        return found
 
     def _fetch_held(
         self, swept: SweptUpdates, unit: int, what: str, items: Sequence[tuple[int, int]], *, urgent: bool

@@ -122,7 +122,7 @@ class Scheduler:
             if outdated or not self._residency.fetch_ahead(unit):
                 waiting.append((unit, use))
         self._late = waiting
-        if pages := [page for unit in self._ahead.get(slot, ()) for page in self._pages[unit].params]:
+        if pages := [page for unit in self._ahead.get(slot, ()) for _, page in self._pages[unit].own_params]:
             self._fetcher.read_ahead(pages)
 
 

@@ -18,6 +18,7 @@ from angelptm.config import Config
 from angelptm.config.schema import Hardware
 from angelptm.errors import AngelPTMError
 from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, SweepBudget, make_plan
+from angelptm.ranks import Ranks
 from angelptm.states.formats import FP32, MOMENT_COUNT, StateFormats
 from angelptm.states.layout import choose_page_elements
 from angelptm.units import ParamSpec, Structure, UnitLayout, find_structure, pack
@@ -110,23 +111,29 @@ def existing_folder(path: Path) -> Path:
     return path
 
 
-def _free_bytes(folders: Sequence[Path]) -> list[int]:
-    """Free space for each folder as it is now; folders on one file system share it in equal parts."""
+def _free_bytes(folders: Sequence[Path], ranks_here: int) -> list[int]:
+    """Free space for each folder as it is now; folders on one file system share it in equal parts, as do the ranks."""
     existing = [existing_folder(folder) for folder in folders]
     devices = [folder.stat().st_dev for folder in existing]
-    return [shutil.disk_usage(folder).free // devices.count(device) for folder, device in zip(existing, devices)]
+    return [
+        shutil.disk_usage(folder).free // devices.count(device) // ranks_here
+        for folder, device in zip(existing, devices)
+    ]
 
 
-def budgets_of(config: Config, buffer_bytes: int = 0, hardware: Hardware | None = None) -> Budgets:
+def budgets_of(
+    config: Config, buffer_bytes: int = 0, hardware: Hardware | None = None, ranks: Ranks | None = None
+) -> Budgets:
     """The config's budgets, with the disks' free space as it is now: what the run's own slot files take already, which
     it will use again, counts as free. ``buffer_bytes``: of the model's buffers, which commits hold. ``hardware``: of
     the machine that is planned for; its cores count, and its drives where they are not this machine's."""
-    commits = config.checkpoint.folder
+    ranks = ranks or Ranks()
+    commits = config.checkpoint.folder if ranks.commits_pages else None
     # Without an SSD tier the slots of commits are beside their manifests.
     folders = [folder.path for folder in config.tiers.ssd] or ([commits] if commits is not None else [])
-    free = _free_bytes(folders)
+    free = _free_bytes(folders, ranks.here)
     if commits is not None:
-        free = [size + own for size, own in zip(free, slot_file_bytes(commits, folders))]
+        free = [size + own // ranks.here for size, own in zip(free, slot_file_bytes(commits, folders))]
     cores = len(os.sched_getaffinity(0))
     if hardware is not None:
         for index, one in enumerate(hardware.ssd[: len(free)]):
@@ -148,7 +155,8 @@ def budgets_of(config: Config, buffer_bytes: int = 0, hardware: Hardware | None 
         queue_depth=config.io.queue_depth,
         states_on_device=config.device == "cpu",  # where the CPU updates them in place
         device_is_apart=config.device != "cpu",
-        cores=cores,
+        cores=max(1, cores // ranks.here),
+        share=ranks.share,
         sweep=_sweep_budget(config),
         commits=None
         if commits is None
@@ -176,12 +184,13 @@ def plan_of(
     config: Config,
     buffer_bytes: int = 0,
     hardware: Hardware | None = None,
+    ranks: Ranks | None = None,
 ) -> Plan:
-    """The plan; raises CapacityError when something does not fit. See budgets_of for the last two."""
+    """The plan of one of ``ranks``; raises CapacityError when something does not fit. See budgets_of for the rest."""
     return make_plan(
         layouts,
         [(site.units, site.depth) for site in structure.sites],
-        budgets_of(config, buffer_bytes, hardware),
+        budgets_of(config, buffer_bytes, hardware, ranks),
         param_itemsize=ITEMSIZE[config.precision],
         grad_itemsize=ITEMSIZE[grad_precision(config)],
         moment_count=MOMENT_COUNT[config.optimizer.type],

@@ -22,7 +22,8 @@ from angelptm.engine.sweeping import SweptUpdates
 from angelptm.engine.updates import Updates
 from angelptm.errors import AngelPTMError, NonFiniteError
 from angelptm.plan import Plan
-from angelptm.units import ParamLayout
+from angelptm.ranks import Ranks
+from angelptm.units import ParamLayout, leaves_of
 
 _REMEDY = "Set execution.updates: forward, which updates nothing before step()."
 
@@ -54,6 +55,7 @@ class Stepping:
         on_gradient: Callable[[int, int, float], None],
         is_tracing: Callable[[], bool],
         swept: SweptUpdates | None,
+        ranks: Ranks,
     ) -> None:
         """``on_gradient``: gets unit, bytes and the seconds that copying took. While ``is_tracing`` no update begins
         before ``take_step``. ``swept``: the updates, where nobody waits for them."""
@@ -62,6 +64,8 @@ class Stepping:
         self._gradients = gradients
         self._updates = updates
         self._swept = swept
+        self._ranks = ranks
+        gradients.reduce_for_others(self._callbacks)
         self._residency = residency
         self._commits = commits
         self._optimizer = optimizer
@@ -116,12 +120,17 @@ class Stepping:
         """A leaf's gradient is complete, or will be when the device has computed it."""
         self._require_not_submitted(unit, param)
         self._residency.gradient_came(unit)
-        before = partial(self._prepare, unit, param)
-        done = partial(self._taken, unit, leaf, gradient.numel() * gradient.itemsize)
+        before, done = self._callbacks(unit, leaf)
         self._seconds_copied = self._gradients.copy_seconds
-        self._gradients.accumulate(unit, param, gradient, before=before, done=done)
+        self._gradients.accumulate(unit, leaf, param, gradient, before=before, done=done)
         if self._is_tracing():
-            self._gradients.settle()  # a trace has each gradient where it came
+            self._gradients.look()  # a trace has each gradient where it came
+
+    def _callbacks(self, unit: int, leaf: int) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Of a leaf's gradient: before its pages change, and when they have it."""
+        param = leaves_of(self._leaves[unit].layout)[leaf]
+        size = self._gradients.own_elements(unit, param) * self._leaves[unit].itemsize
+        return partial(self._prepare, unit, param), partial(self._taken, unit, leaf, size)
 
     def _taken(self, unit: int, leaf: int, size: int) -> None:
         """The unit's pages have a leaf's gradient."""
@@ -199,9 +208,12 @@ class Stepping:
             )
         self._gradients.settle()
         self._gradients.flush()
-        if not self._gradients.finite:
+        if self._ranks.any(not self._gradients.finite, "whether all gradients are finite"):
             late = bool(self._submitted)
             late |= self.drop()
+            late = self._ranks.any(late, "whether a unit was updated")
+            if late:
+                self._progress.half_done = f"step {step + 1}"
             state = (
                 f"Other units had been updated before it came, so load the last commit. {_REMEDY}"
                 if late

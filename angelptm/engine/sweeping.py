@@ -124,7 +124,9 @@ class SweptUpdates(Updates):
         self.most_behind = update.most_behind
         """Steps whose gradients the parameters that compute may lack; None for any number."""
         self.patience = Patience(0.0 if update.replay is not None else update.waits_share)
-        self._spans = [list(range(first, first + len(unit.spans))) for first, unit in zip(self._first_span, plan.units)]
+        self._spans = [
+            [self._native_span[index, span] for span in range(len(unit.spans))] for index, unit in enumerate(plan.units)
+        ]
         self._first_versions: dict[int, tuple[int, ...]] = {}  # unit → of its pages, before any update
         self._events = self._open_events(update)
         self._open: dict[int, bool] = {}  # unit → whether gradients of earlier steps were in its accumulators

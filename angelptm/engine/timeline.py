@@ -53,7 +53,12 @@ class Recording:
         self._use: tuple[int, str, float] | None = None  # site, phase, since
         self._cpu_start = 0.0
         self._timeline: Timeline | None = None
-        self._spans = [(unit, span) for unit, plan in enumerate(parts.plan.units) for span in range(len(plan.spans))]
+        self._spans = [
+            (unit, index)
+            for unit, plan in enumerate(parts.plan.units)
+            for index, span in enumerate(plan.spans)
+            if span.is_mine
+        ]
         self._pages = {one.page: one for unit in parts.catalogue.by_unit for one in unit if one.page is not None}
         page = parts.plan.page_bytes
         self._recorder.facts |= {

@@ -47,12 +47,14 @@ class Updates:
         self._plan = plan
         self._deadline_seconds = deadline_seconds
         self._tickets: dict[int, _Tickets] = {}
-        self._first_span: list[int] = []
+        self._native_span: dict[tuple[int, int], int] = {}  # of this rank, by (unit, span)
         self.gate_seconds = 0.0
         spans: list[native.Span] = []
         for unit_index, unit in enumerate(pages):
-            self._first_span.append(len(spans))
             for span_index, (span, span_plan) in enumerate(zip(unit.spans, plan.units[unit_index].spans)):
+                if not span_plan.is_mine:
+                    continue
+                self._native_span[unit_index, span_index] = len(spans)
                 spans.append(
                     native.Span(
                         elements=span.elements,
@@ -95,13 +97,17 @@ class Updates:
     def _work(self, unit: int, updated: Sequence[tuple[int, int, int]]) -> list[tuple[int, list[Segment]]]:
         """Runs of a unit's elements by the native updater's spans."""
         by_span = _by_span(self._plan.units[unit], updated, self._plan.page_elements)
-        return [(self._first_span[unit] + span, segments) for span, segments in enumerate(by_span) if segments]
+        return [
+            (self._native_span[unit, span], segments)
+            for span, segments in enumerate(by_span)
+            if segments and (unit, span) in self._native_span
+        ]
 
     def expect(self, units: Sequence[int]) -> None:
         """The units whose gradients come next, in order: their states are read while the SSD has nothing else to do."""
         assert self._updater is not None, "not closed"
         spans = [
-            self._first_span[unit] + span
+            self._native_span[unit, span]
             for unit in units
             for span, plan in enumerate(self._plan.units[unit].spans)
             if plan.states_home == "ssd"

@@ -13,8 +13,9 @@ from angelptm.device import Device
 from angelptm.engine.dtypes import rounded
 from angelptm.engine.loading import loading
 from angelptm.engine.updates import Updates
-from angelptm.pages import PageIds
+from angelptm.pages import NOT_MINE, PageIds
 from angelptm.plan import Plan
+from angelptm.ranks import Ranks
 from angelptm.states.codec import decode, encode
 from angelptm.states.layout import Piece, StatePage, pieces_on
 from angelptm.units import ParamLayout, UnitLayout
@@ -46,6 +47,7 @@ class Values:
         updates: Updates,
         fetcher: native.Fetcher,
         name_page: Callable[[int], str],
+        ranks: Ranks,
     ) -> None:
         self._plan = plan
         self._name_page = name_page
@@ -56,6 +58,7 @@ class Values:
         self._dtype = dtype
         self._updates = updates
         self._fetcher = fetcher
+        self._ranks = ranks
 
     def fill(self, unit: int, values: Mapping[str, torch.Tensor]) -> None:
         """Writes a unit's first content. ``values``: each parameter, of its own shape, in memory; fp32 keeps all bits.
@@ -77,7 +80,7 @@ class Values:
         """First element of the span, page id, what the page is, and what lies on it."""
         plan = self._plan.units[unit]
         for index, (span, pages) in enumerate(zip(plan.spans, self._pages[unit].spans)):
-            for number, (page, states) in enumerate(zip(pages.states, span.states.pages)):
+            for number, (page, states) in enumerate(zip(pages.states if span.is_mine else (), span.states.pages)):
                 yield index * self._plan.page_elements, page, states, pieces_on(span.states, number)
 
     def rebuild(self, unit: int) -> None:
@@ -85,7 +88,8 @@ class Values:
         there already where masters are split."""
         if self._plan.splits_masters:
             return
-        contents = [torch.zeros(span.elements, dtype=self._dtype) for span in self._plan.units[unit].spans]
+        spans = self._plan.units[unit].spans
+        contents = {n: torch.zeros(span.elements, dtype=self._dtype) for n, span in enumerate(spans) if span.is_mine}
         for first, page, _, pieces in self._state_pages(unit):
             for piece in pieces:
                 if piece.kind != "MASTER":
@@ -94,7 +98,7 @@ class Values:
                 master = torch.empty(piece.count)
                 self._look(page, partial(decode, piece=piece, at=0, count=piece.count, to=master.data_ptr()))
                 content[piece.start : piece.start + piece.count] = rounded(master, self._dtype)
-        for run, content in zip(self._param_runs(unit), contents):
+        for run, content in zip(self._param_runs(unit), contents.values()):
             size = content.numel() * content.itemsize
             self._replace_params(run, partial(native.copy_bytes, from_=content.data_ptr(), bytes=size))
         self._mover.drain()
@@ -152,7 +156,8 @@ class Values:
             self._mover.write_behind(page, frame)
 
     def read(self, unit: int, param: ParamLayout, *, master: bool = False) -> torch.Tensor:
-        """A copy of a parameter in compute precision, or of its fp32 master, for which a frozen one has its value."""
+        """A copy of a parameter in compute precision, or of its fp32 master, for which a frozen one has its value. On
+        all ranks."""
         self._updates.wait_for(unit)
         if master:
             return self._read_master(unit, param) if param.trainable else self.read(unit, param).float()
@@ -167,7 +172,13 @@ class Values:
                 copy(run.device_address)
             else:
                 self._look(run.page, copy)
+        self._complete(unit, param, out)
         return out
+
+    def _complete(self, unit: int, param: ParamLayout, values: torch.Tensor) -> None:
+        """Adds what other ranks have to what this one has of a parameter."""
+        if not self._plan.share.is_whole:
+            self._ranks.complete(values.view(-1), self._plan.pieces_of(unit, param), f"reading {param.name}")
 
     def _read_master(self, unit: int, param: ParamLayout) -> torch.Tensor:
         out = torch.empty(param.numel)
@@ -176,6 +187,7 @@ class Values:
             to = out.data_ptr() + first * 4
             own = params.data_ptr() + first * 2 if params is not None else 0
             self._look(page, partial(decode, piece=piece, at=start, count=count, to=to, params=own))
+        self._complete(unit, param, out)
         return out.reshape(param.shape)
 
     def _masters_of(self, unit: int, param: ParamLayout) -> Iterator[tuple[int, Piece, int, int, int]]:
@@ -232,7 +244,9 @@ class Values:
                 start = layout.frozen_offset + (index - len(plan.spans)) * step
                 section_end = layout.frozen_offset + layout.frozen_elements
             address = self._device.address(self._plan.param_offset(unit, index))
-            page = pages.params[index] if pages.params else -1
+            page = pages.params[index] if pages.params else NOT_MINE
+            if pages.params and page == NOT_MINE:
+                continue
             yield _Run(page, None if pages.params else address, start, min(start + step, section_end))
 
 

@@ -12,16 +12,21 @@ from pathlib import Path
 import angelptm_native as native
 
 from angelptm.errors import ConfigError
-from angelptm.plan import Plan, SpanPlan
+from angelptm.plan import PEER, Plan, SpanPlan
 
 _BACKENDS = {"auto": native.Backend.AUTO, "uring": native.Backend.URING, "threads": native.Backend.THREADS}
 _HOMES = {"host": native.Home.HOST, "ssd": native.Home.SSD}
 
 
+NOT_MINE = -1
+"""In place of the id of a page that belongs to another rank."""
+
+
 @dataclass(frozen=True)
 class SpanPages:
     """Page ids of one span; ``states`` as SpanPlan.states has them. ``param`` is None where the parameters live on the
-    device. ``step_grad`` are a step's own gradients, where those in ``grad`` may be of several steps."""
+    device. ``step_grad`` are a step's own gradients, where those in ``grad`` may be of several steps. Of a span that
+    belongs to another rank every id is NOT_MINE."""
 
     elements: int
     states: tuple[int, ...]
@@ -33,11 +38,15 @@ class SpanPages:
 @dataclass(frozen=True)
 class UnitPages:
     """Page ids of one unit. ``params`` covers the frozen section too, and is empty for parameters that live on the
-    device; ``frozen_start`` is its first frozen page."""
+    device; ``frozen_start`` is its first frozen page. ``own_params`` are (index, page id) of those of this rank."""
 
     spans: tuple[SpanPages, ...]
     params: tuple[int, ...]
     frozen_start: int
+
+    @property
+    def own_params(self) -> list[tuple[int, int]]:
+        return [(index, page) for index, page in enumerate(self.params) if page != NOT_MINE]
 
 
 PageIds = tuple[UnitPages, ...]
@@ -125,6 +134,9 @@ def _add_states(store: native.Store, plan: Plan, span: SpanPlan, arena: int) -> 
 
 
 def _add_span(store: native.Store, plan: Plan, span: SpanPlan, arena: int) -> SpanPages:
+    if not span.is_mine:
+        grads_of_others = (NOT_MINE,) * len(span.grad_homes)
+        return SpanPages(span.elements, (NOT_MINE,) * len(span.states.pages), grads_of_others, NOT_MINE)
     states = _add_states(store, plan, span, arena)
     step = plan.grad_page_elements
     grads, step_grads = (
@@ -153,7 +165,9 @@ def allocate_pages(store: native.Store, plan: Plan, arena: int = 0) -> PageIds:
         for home in unit.frozen_homes:
             elements = min(left, plan.page_elements)
             left -= elements
-            if home != "device":
+            if home == PEER:
+                params.append(NOT_MINE)
+            elif home != "device":
                 params.append(store.add_page(_HOMES[home], elements * plan.param_itemsize))
         pages.append(UnitPages(spans, tuple(params), frozen_start))
     return tuple(pages)

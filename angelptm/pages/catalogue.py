@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from angelptm.errors import CorruptPageError
 from angelptm.pages.allocate import PageIds
-from angelptm.plan import Plan
+from angelptm.plan import PEER, Plan
 from angelptm.units.layout import UnitLayout, name_elements
 
 
@@ -31,7 +31,7 @@ class CataloguedPage:
 
 
 class Catalogue:
-    """The pages of a plan, by unit."""
+    """The pages of a plan, by unit: those of this rank."""
 
     def __init__(self, plan: Plan, pages: PageIds) -> None:
         self._splits = plan.splits_masters
@@ -54,6 +54,8 @@ class Catalogue:
 def _pages_of(plan: Plan, pages: PageIds, unit: int) -> Iterator[CataloguedPage]:
     unit_plan, unit_pages = plan.units[unit], pages[unit]
     for index, (span, span_plan) in enumerate(zip(unit_pages.spans, unit_plan.spans)):
+        if not span_plan.is_mine:
+            continue
         first = index * plan.page_elements
         for page, states in zip(span.states, span_plan.states.pages):
             yield CataloguedPage(unit, states.kind, first + states.start, states.count, page, bytes=states.bytes)
@@ -64,7 +66,9 @@ def _pages_of(plan: Plan, pages: PageIds, unit: int) -> Iterator[CataloguedPage]
                 yield CataloguedPage(unit, "GRAD", first + start, count, page)
         yield CataloguedPage(unit, "PARAM", first, span.elements, span.param, offset=plan.param_offset(unit, index))
     layout = unit_plan.layout
-    for number in range(len(unit_plan.frozen_homes)):
+    for number, home in enumerate(unit_plan.frozen_homes):
+        if home == PEER:
+            continue
         start = layout.frozen_offset + number * plan.page_elements
         count = min(plan.page_elements, layout.frozen_offset + layout.frozen_elements - start)
         index = unit_pages.frozen_start + number

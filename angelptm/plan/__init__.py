@@ -15,16 +15,18 @@ from angelptm.plan.choose import choose, plan_from_trace
 from angelptm.plan.describe import plan_rows, plan_summary
 from angelptm.plan.jsonfile import PlanFileError
 from angelptm.plan.moves import make_schedule, planned_offsets
-from angelptm.plan.placed import Plan, SpanPlan, UnitPlan
+from angelptm.plan.placed import PEER, Plan, SpanPlan, UnitPlan
 from angelptm.plan.placing import make_plan
 from angelptm.plan.prediction import Prediction, Settings
 from angelptm.plan.rates import NOMINAL_RATES, ChannelRates, Rates, rates_for
 from angelptm.plan.schedule import CopyOut, Fetch, Schedule, Traffic, WriteBack
+from angelptm.plan.shares import Share
 from angelptm.plan.simulate import simulate
 from angelptm.plan.trace import GradientDone, Trace, Use, synthetic_trace
 
 __all__ = [
     "NOMINAL_RATES",
+    "PEER",
     "ArenaPlacement",
     "Budgets",
     "ChannelRates",
@@ -39,6 +41,7 @@ __all__ = [
     "Rates",
     "Schedule",
     "Settings",
+    "Share",
     "SpanPlan",
     "SsdBudget",
     "SweepBudget",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from angelptm.plan.shares import WHOLE, Share
+
 
 @dataclass(frozen=True)
 class SsdBudget:
@@ -53,6 +55,9 @@ class Budgets:
     """Whether states may take device memory that parameters, all of them living there, leave over."""
     sweep: SweepBudget | None = None
     """Parameters and gradients live on the host then, whatever ``param`` and ``grad`` say."""
+    share: Share = WHOLE
+    """Of the pages: those of this rank. Where it is not the whole, no page lives on the device, as its content there
+    also comes from other ranks, and goes with each update."""
     device_is_apart: bool = False
     """Whether pages cannot live on the device, being of memory that updating threads do not reach: parameters that
     would live there live on the host, from where each step brings them anew. Gradients come by way of host frames."""

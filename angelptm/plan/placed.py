@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from angelptm.plan.arena import ArenaPlacement
+from angelptm.plan.shares import WHOLE, Share
 from angelptm.states.layout import SpanStates, elements_on_page, splits_masters
-from angelptm.units.layout import UnitLayout
+from angelptm.units.layout import ParamLayout, UnitLayout
+
+PEER = "peer"
+"""The home of a page that belongs to another rank."""
 
 
 @dataclass(frozen=True)
 class SpanPlan:
     """A span of a unit: the elements of one PARAM page. ``states_home`` is "device", "host" or "ssd"; on the device the
-    states take consecutive frames from ``state_frame`` on, page after page."""
+    states take consecutive frames from ``state_frame`` on, page after page. ``owner``: the rank that it belongs to; all
+    homes of another one's are PEER."""
 
     elements: int
     states: SpanStates
@@ -20,17 +25,24 @@ class SpanPlan:
     grad_homes: tuple[str, ...]
     param_home: str
     state_frame: int | None = None
+    owner: int = 0
+
+    @property
+    def is_mine(self) -> bool:
+        return self.param_home != PEER
 
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """A unit's frames in the arena, its spans, and the homes of its frozen PARAM pages."""
+    """A unit's frames in the arena, its spans, and the homes of its frozen PARAM pages. ``owners``: of all PARAM
+    pages, those of the frozen section behind the spans'."""
 
     layout: UnitLayout
     frame_offset: int
     frame_count: int
     spans: tuple[SpanPlan, ...]
     frozen_homes: tuple[str, ...]
+    owners: tuple[int, ...]
 
     @property
     def waits_for_step(self) -> bool:
@@ -68,6 +80,7 @@ class Plan:
     grad_sets: int = 1  # of GRAD pages: what waits for its update, and beside it, with 2, a step's own
     spare_frames: int = 0  # for former parameters that are still read while new ones are published
     params_stay: bool = False  # of updates that nobody waits for: each unit has arena frames of its own
+    share: Share = WHOLE  # of the pages: those that have a home here
 
     @property
     def fetch_frames(self) -> int:
@@ -110,6 +123,17 @@ class Plan:
     def splits_masters(self) -> bool:
         """Whether a master is a trainable parameter and a remainder, so that neither is anything without the other."""
         return splits_masters([unit.layout for unit in self.units])
+
+    def pieces_of(self, unit: int, param: ParamLayout) -> list[tuple[int, int, int]]:
+        """A parameter's elements by the PARAM page that they are on: (start, end, owner) each."""
+        layout, step = self.units[unit].layout, self.page_elements
+        first = 0 if param.trainable else layout.frozen_offset
+        before = 0 if param.trainable else len(self.units[unit].spans)
+        found = []
+        for page in range((param.offset - first) // step, -(-(param.end - first) // step)):
+            start, end = max(param.offset, first + page * step), min(param.end, first + (page + 1) * step)
+            found.append((start - param.offset, end - param.offset, self.units[unit].owners[before + page]))
+        return found
 
     def param_offset(self, unit: int, index: int) -> int:
         """Bytes from the start of the arena to the unit's PARAM page of that index, where the arena is as it was laid

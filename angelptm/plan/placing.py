@@ -7,14 +7,13 @@ written (2). So parameters take what room the host has first, then gradients, th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from angelptm.errors import CapacityError
 from angelptm.plan.arena import ArenaPlacement, needed_frames, place_units, windows_of
 from angelptm.plan.budgets import Budgets
-from angelptm.plan.placed import Plan, SpanPlan, UnitPlan
+from angelptm.plan.placed import PEER, Plan, SpanPlan, UnitPlan
 from angelptm.plan.pool import AUTO_RING_DEPTH, kept_frames, readout_frames, saver_frames, spare_frames, split_host
 from angelptm.plan.shape import Shape, param_pages, shape_of, states_on_device
 from angelptm.plan.slots import commit_slots_of, slots_in_flight, spread_slots
@@ -90,15 +89,15 @@ def make_plan(
     the bytes needed and available, and what would help; nothing has been allocated then.
     """
     page_bytes = budgets.page_bytes
-    shape = shape_of(layouts, page_bytes, param_itemsize, grad_itemsize, moment_count)
+    shape = shape_of(layouts, page_bytes, param_itemsize, grad_itemsize, moment_count, budgets.share)
     demand = shape.demand
     device_frames = budgets.device_bytes // page_bytes
-    fits_device = demand.param_pages <= device_frames
+    fits_device = shape.all_param_pages <= device_frames
     param_on_device = budgets.param == "device" or (budgets.param == "auto" and fits_device)
     stay = budgets.sweep is not None and fits_device
-    if budgets.param == "device" and demand.param_pages > device_frames:
-        raise _all_on_device_error(shape, sites, budgets, demand.param_pages)
-    if budgets.device_is_apart and param_on_device:
+    if budgets.param == "device" and not fits_device:
+        raise _all_on_device_error(shape, sites, budgets, shape.all_param_pages)
+    if (budgets.device_is_apart or not budgets.share.is_whole) and param_on_device:
         param_on_device = False
         if budgets.param == "device":
             budgets = replace(budgets, param="host")
@@ -117,7 +116,11 @@ def make_plan(
     units = []
     for index, layout in enumerate(layouts):
         spans = []
-        for elements, grad_pages, own_states in shape.spans[index]:
+        owners = shape.owners[index]
+        for page, (elements, grad_pages, own_states) in enumerate(shape.spans[index]):
+            if not shape.is_mine(index, page):
+                spans.append(SpanPlan(elements, own_states, PEER, (PEER,) * grad_pages, PEER, owner=owners[page]))
+                continue
             state_pages = len(own_states.pages)
             state_frame = None
             if spans_on_device > 0:
@@ -131,11 +134,14 @@ def make_plan(
                     tuple(grads.home() for _ in range(grad_pages)),
                     "device" if param_on_device else params.home(),
                     state_frame,
+                    owners[page],
                 )
             )
-        frozen = math.ceil(layout.frozen_elements / shape.page_elements)
-        frozen_homes = tuple("device" if param_on_device else params.home() for _ in range(frozen))
-        units.append(UnitPlan(layout, arena.offsets[index], sizes[index], tuple(spans), frozen_homes))
+        frozen_homes = tuple(
+            "device" if param_on_device else params.home() if shape.is_mine(index, page) else PEER
+            for page in range(len(spans), len(owners))
+        )
+        units.append(UnitPlan(layout, arena.offsets[index], sizes[index], tuple(spans), frozen_homes, owners))
 
     grad_sets = budgets.sweep.grad_sets if budgets.sweep is not None else 1
     kind_bytes = _kind_bytes(units, page_bytes, state_kinds(moment_count, shape.compact), grad_sets)
@@ -169,6 +175,7 @@ def make_plan(
         grad_sets=grad_sets,
         spare_frames=split.spare,
         params_stay=stay,
+        share=budgets.share,
     )
     needed = plan.ring_frames + plan.home_frames + kept_frames(budgets) + plan.spare_frames + budgets.queue_depth
     if live == 0 and host_frames > needed:
@@ -183,11 +190,14 @@ def _kind_bytes(
     pages = {kind: {"device": 0, "host": 0, "ssd": 0} for kind in ("PARAM", "GRAD", *kinds)}
     for unit in units:
         for span in unit.spans:
+            if not span.is_mine:
+                continue
             pages["PARAM"][span.param_home] += page_bytes
             for home in span.grad_homes:
                 pages["GRAD"][home] += page_bytes * grad_sets
             for page in span.states.pages:
                 pages[page.kind][span.states_home] += page_bytes
         for home in unit.frozen_homes:
-            pages["PARAM"][home] += page_bytes
+            if home != PEER:
+                pages["PARAM"][home] += page_bytes
     return pages

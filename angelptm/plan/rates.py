@@ -114,7 +114,7 @@ class ChannelRates:
 def rates_for(plan: Plan, channels: ChannelRates) -> Rates:
     """The rates that a plan's pages meet: what lives on the SSD is checked when it has come, and sealed before it is
     written, by the thread that updates or fetches it."""
-    spans = [span for unit in plan.units for span in unit.spans]
+    spans = [span for unit in plan.units for span in unit.spans if span.is_mine]
     total = sum(span.elements for span in spans) or 1
     states_staged = sum(page.bytes for span in spans if span.states_home == "ssd" for page in span.states.pages) / total
     old_params_staged = sum(span.old_param_ssd_bytes for unit in transfers_of(plan) for span in unit.spans) / total

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from angelptm.plan.shares import Share, owners_of
 from angelptm.states.layout import (
     SpanStates,
     UnitFormats,
@@ -35,7 +36,11 @@ def param_pages(layout: UnitLayout, page_elements: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model in pages, before they have homes: each unit's spans as (elements, pages of gradients, states)."""
+    """A model in pages, before they have homes: each unit's spans as (elements, pages of gradients, states).
+
+    ``owners``: the rank of each PARAM page of each unit, those of the frozen section behind the spans'; demands are
+    those of ``share``.
+    """
 
     layouts: Sequence[UnitLayout]
     page_bytes: int
@@ -43,12 +48,28 @@ class Shape:
     compact: bool
     spans: list[list[tuple[int, int, SpanStates]]]
     full_span_pages: int
+    owners: list[tuple[int, ...]]
+    share: Share
+
+    def is_mine(self, unit: int, page: int) -> bool:
+        return self.owners[unit][page] == self.share.index
+
+    @property
+    def all_param_pages(self) -> int:
+        """Of all ranks: what the device has when every unit is there."""
+        return sum(map(len, self.owners))
+
+    @property
+    def _own_spans(self) -> list[tuple[int, int, SpanStates]]:
+        return [
+            span for unit, spans in enumerate(self.spans) for page, span in enumerate(spans) if self.is_mine(unit, page)
+        ]
 
     @property
     def demand(self) -> Demand:
-        spans = [span for unit in self.spans for span in unit]
+        spans = self._own_spans
         return Demand(
-            param_pages=sum(param_pages(layout, self.page_elements) for layout in self.layouts),
+            param_pages=sum(owners.count(self.share.index) for owners in self.owners),
             grad_pages=sum(grads for _, grads, _ in spans),
             state_pages=sum(self.state_pages),
             span_state_pages=max(self.state_pages, default=0),
@@ -59,11 +80,16 @@ class Shape:
     @property
     def state_pages(self) -> list[int]:
         """Pages of all kinds of state of each span."""
-        return [len(states.pages) for unit in self.spans for _, _, states in unit]
+        return [len(states.pages) for _, _, states in self._own_spans]
 
 
 def shape_of(
-    layouts: Sequence[UnitLayout], page_bytes: int, param_itemsize: int, grad_itemsize: int, moment_count: int
+    layouts: Sequence[UnitLayout],
+    page_bytes: int,
+    param_itemsize: int,
+    grad_itemsize: int,
+    moment_count: int,
+    share: Share,
 ) -> Shape:
     params = [(param.numel, param.states) for layout in layouts for param in layout.params if param.trainable]
     page_elements = choose_page_elements(
@@ -87,7 +113,8 @@ def shape_of(
             own.append((elements, math.ceil(elements / grad_step), states))
         spans.append(own)
     full_span_pages = 1 + math.ceil(grad_itemsize / param_itemsize) + (1 + moment_count) * math.ceil(4 / param_itemsize)
-    return Shape(layouts, page_bytes, page_elements, compact, spans, full_span_pages)
+    owners = owners_of([param_pages(layout, page_elements) for layout in layouts], share.count)
+    return Shape(layouts, page_bytes, page_elements, compact, spans, full_span_pages, owners, share)
 
 
 def states_on_device(shape: Shape, demand: Demand, room: int) -> tuple[int, Demand]:

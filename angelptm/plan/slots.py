@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from angelptm.errors import CapacityError
 from angelptm.plan.budgets import Budgets, SsdBudget
-from angelptm.plan.placed import UnitPlan
+from angelptm.plan.placed import PEER, UnitPlan
 from angelptm.plan.pool import AUTO_RING_DEPTH, most_threads
 from angelptm.plan.shape import Demand
 from angelptm.sizes import format_bytes, mib
@@ -104,10 +104,10 @@ def commit_slots_of(
     on_ssd = sum(tiers["ssd"] for tiers in states) // budgets.page_bytes
     on_host = sum(tiers["host"] + tiers["device"] for tiers in states) // budgets.page_bytes
     if splits_masters([unit.layout for unit in units]):
-        homes = [span.param_home for unit in units for span in unit.spans]
+        homes = [span.param_home for unit in units for span in unit.spans if span.is_mine]
         on_ssd += homes.count("ssd")
         on_host += len(homes) - homes.count("ssd")
-    frozen = sum(home != "ssd" for unit in units for home in unit.frozen_homes)
+    frozen = sum(home not in ("ssd", PEER) for unit in units for home in unit.frozen_homes)
     other = math.ceil(budgets.commits.other_bytes / budgets.page_bytes)
     of_one = on_ssd + on_host + other
     return keep * of_one + on_host + other + min(on_host, budgets.queue_depth) + frozen, of_one

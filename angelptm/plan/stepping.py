@@ -310,6 +310,8 @@ class SimulatedStep:
         for unit in units:
             self._submitted[unit] += 1
             self._unpublished[unit] += len(self.updater.groups[unit])
+            if not self.updater.groups[unit]:  # all its pages belong to other ranks
+                self._published[unit] = self._submitted[unit]
             self._unwritten[unit] += len(self.updater.groups[unit])
             if self._resident[unit] and not self._always[unit]:
                 self._resident[unit] = False

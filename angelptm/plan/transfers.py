@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from angelptm.plan.placed import Plan, SpanPlan
+from angelptm.plan.placed import PEER, Plan, SpanPlan
 from angelptm.states.layout import elements_on_page
 
 _BLOCK_BYTES = 4096
@@ -57,16 +57,16 @@ def transfers_of(plan: Plan) -> tuple[UnitTransfers, ...]:
         pages = [(span.param_home, span.elements * plan.param_itemsize) for span in unit.spans]
         frozen = _page_bytes(unit.layout.frozen_elements, plan.param_itemsize, plan)
         pages += zip(unit.frozen_homes, frozen)
-        moved = [(home, size) for home, size in pages if home != "device"]
+        moved = [(home, size) for home, size in pages if home not in ("device", PEER)]
         staged = [size for home, size in moved if home == "ssd"]
         units.append(
             UnitTransfers(
-                spans=tuple(_span(plan, span) for span in unit.spans),
+                spans=tuple(_span(plan, span) for span in unit.spans if span.is_mine),
                 fetch_bytes=sum(size for _, size in moved),
                 fetch_ssd_bytes=sum(on_ssd(size) for size in staged),
                 fetch_ssd_content=sum(staged),
                 fetch_ssd_pages=len(staged),
-                always_there=not moved,
+                always_there=all(home == "device" for home, _ in pages),
             )
         )
     return tuple(units)

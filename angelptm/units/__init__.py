@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from angelptm.units.layout import ALIGN_ELEMENTS, ParamLayout, ParamSpec, UnitLayout, pack
+from angelptm.units.layout import ALIGN_ELEMENTS, ParamLayout, ParamSpec, UnitLayout, leaves_of, pack
 
 if TYPE_CHECKING:
     from angelptm.units.find import FoundUnit, Site, Structure, find_structure
@@ -21,6 +21,7 @@ __all__ = [
     "Structure",
     "UnitLayout",
     "find_structure",
+    "leaves_of",
     "pack",
 ]
 

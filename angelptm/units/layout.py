@@ -103,6 +103,11 @@ class Segment:
     at: int
 
 
+def leaves_of(layout: UnitLayout) -> list[ParamLayout]:
+    """The parameter of each of a unit's leaves: one for each owner of each parameter."""
+    return [param for param in layout.params for _ in param.owners]
+
+
 def segments_of(layout: UnitLayout, start: int, count: int) -> list[Segment]:
     """What of which parameters lies in ``count`` elements of the unit from ``start`` on, in order."""
     found = []

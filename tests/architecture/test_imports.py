@@ -40,9 +40,11 @@ LAYERS: dict[str, str] = {
     "angelptm.data": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.config",
     "angelptm.model": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.heap angelptm.config angelptm.units "
     "angelptm.model.presets",
+    "angelptm.ranks": "angelptm.errors angelptm.config angelptm.plan",
     "angelptm.engine": "angelptm.version angelptm.errors angelptm.sizes angelptm.config "
     "angelptm.checkpoint angelptm.units angelptm.states.formats angelptm.states.layout angelptm.states.codec "
-    "angelptm.plan angelptm.kernels angelptm.timeline angelptm.pages angelptm.device angelptm.model angelptm_native",
+    "angelptm.plan angelptm.kernels angelptm.timeline angelptm.pages angelptm.device angelptm.ranks angelptm.model "
+    "angelptm_native",
     "angelptm.foresight": "angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.units "
     "angelptm.states.formats angelptm.plan angelptm.device angelptm.model angelptm.engine angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.checkpoint "

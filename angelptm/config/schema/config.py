@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from angelptm.config.problem import config_error
-from angelptm.config.schema.execution import Checkpoint, Execution, Io, Units, Update
+from angelptm.config.schema.execution import Checkpoint, Distributed, Execution, Io, Units, Update
 from angelptm.config.schema.hardware import Hardware, load_hardware, tuned_io
 from angelptm.config.schema.optimizer import Optimizer
 from angelptm.config.schema.tiers import Placement, Tiers
@@ -46,6 +46,7 @@ class Config(Section):
     io: Io = Field(default=Io(), description="Reading and writing of page files.")
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="Durable states to resume from.")
     units: Units = Field(default=Units(), description="What is fetched together.")
+    distributed: Distributed = Field(default=Distributed(), description="Several ranks.")
     gradient_clipping: float | None = Field(default=None, gt=0, description="Max global gradient norm. null: off.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute the blocks' activations in backward.")

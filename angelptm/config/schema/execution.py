@@ -140,6 +140,19 @@ class Io(Section):
     )
 
 
+class Distributed(Section):
+    """Several processes that train one model, as torchrun starts them. Budgets of tiers are each rank's own."""
+
+    shard: Literal["all", "node"] | Annotated[int, Field(ge=1)] = Field(
+        default="all",
+        description="How many ranks hold the pages of one copy of the model, each its own. all: one copy, of all "
+        "ranks. node: one in each machine. A number divides that of the ranks, and 1 gives each rank a whole copy.",
+    )
+    deadline_seconds: float = Field(
+        default=120.0, gt=0, description="Seconds that a rank may wait for others before it ends with an error."
+    )
+
+
 class Checkpoint(Section):
     """Commits: durable states of a run that cost metadata instead of a copy, since SSD pages are never overwritten."""
 

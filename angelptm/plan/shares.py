@@ -1,0 +1,37 @@
+"""Which pages belong to which rank, where several ranks hold one model together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of ``count`` ranks that hold the pages of a model together, each of them its own."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.index < self.count, f"share {self.index} of {self.count}"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.count == 1
+
+
+WHOLE = Share()
+
+
+def owners_of(page_counts: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """For each PARAM page of each unit the index of the rank that has it; ``page_counts`` are those of the units.
+
+    Pages are dealt in turn, from one unit to the next: the shares differ by one page at most, also where units have
+    fewer pages than there are ranks, and pages that follow each other in the arena come from different ranks.
+    """
+    owners, first = [], 0
+    for pages in page_counts:
+        owners.append(tuple((first + page) % count for page in range(pages)))
+        first += pages
+    return owners

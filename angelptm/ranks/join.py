@@ -1,0 +1,105 @@
+"""Becoming one of the ranks of a run, as torchrun and torch.distributed say."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+
+from angelptm.config import Config
+from angelptm.errors import ConfigError
+from angelptm.plan import Share
+from angelptm.ranks.ranks import Groups, Ranks, timeout
+from angelptm.ranks.watch import Watch
+
+
+def join(config: Config) -> Ranks:
+    """The ranks of this run: those of torch.distributed where it is initialized or torchrun's variables are set, which
+    initializes it; else this process alone. On all ranks. Raises ConfigError for what several ranks cannot do."""
+    if not dist.is_available():
+        return Ranks()
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return Ranks()
+        backend = "cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timeout(config.distributed.deadline_seconds))
+    count, index = dist.get_world_size(), dist.get_rank()
+    if count == 1:
+        return Ranks()
+    _refuse_what_is_not_there(config)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    shares = _shares(config, count, here)
+    on_gpu = config.device.startswith("cuda")
+    device_backend = "nccl" if on_gpu else "gloo"
+    within = timeout(config.distributed.deadline_seconds)
+
+    def group(members: list[int], backend: str) -> Any:
+        return dist.new_group(members, timeout=within, backend=backend)
+
+    everyone = list(range(count))
+    control, commits = group(everyone, "gloo"), group(everyone, "gloo")
+    # Each process makes all groups, in one order, those that it is not in too.
+    own: dict[str, Any] = {}
+    first = index // shares * shares
+    for start in range(0, count, shares):
+        members = list(range(start, start + shares))
+        made = {
+            "copy": group(members, "gloo"),
+            "gathers": group(members, device_backend),
+            "gradients": group(members, device_backend),
+        }
+        if start == first:
+            own |= made
+    replicas = None
+    if shares < count:
+        for share in range(shares):
+            made_here = group(list(range(share, count, shares)), device_backend)
+            if share == index % shares:
+                replicas = made_here
+    store = dist.distributed_c10d.PrefixStore("angelptm", _own_connection())
+    return Ranks(
+        index,
+        count,
+        share=Share(index % shares, shares),
+        here=here,
+        groups=Groups(
+            control=control, commits=commits, replicas=replicas, members=tuple(range(first, first + shares)), **own
+        ),
+        watch=Watch(store, index, count),
+        deadline_seconds=config.distributed.deadline_seconds,
+        coalesces=on_gpu,
+    )
+
+
+def _own_connection() -> Any:
+    """A connection to the run's store that waits of other threads do not block."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def _shares(config: Config, count: int, here: int) -> int:
+    """How many ranks hold one copy of the model."""
+    asked = config.distributed.shard
+    shares = {"all": count, "node": here}.get(asked, asked) if isinstance(asked, str) else asked
+    assert isinstance(shares, int)
+    if shares > count or count % shares:
+        raise ConfigError(
+            "distributed.shard",
+            asked,
+            f"a number of ranks that divides all {count} of them",
+            "Each copy of the model is held by as many ranks.",
+        )
+    return shares
+
+
+def _refuse_what_is_not_there(config: Config) -> None:
+    if config.update.is_swept:
+        raise ConfigError(
+            "update.mode",
+            config.update.mode,
+            "sync with several ranks",
+            "Ranks gather parameters in one order, which updates that nobody waits for do not have.",
+        )
+    if config.device == "late":
+        raise ConfigError("device", "late", "cpu or cuda with several ranks")

@@ -1,0 +1,87 @@
+"""What ranks do in the tests: each function runs in a process of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from angelptm.config import Config
+from angelptm.engine import Engine
+from tests.engine.models import FAMILIES, loss_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank has to show: losses and gradient norms of its steps, values in the end, and what it used."""
+
+    losses: list[float]
+    norms: list[float | None]
+    values: dict[str, Any]
+    peak_bytes: dict[str, int]
+    planned_bytes: dict[str, int]
+    kind_bytes: dict[str, dict[str, int]]
+    fetches: dict[str, int]
+
+
+def known_rates() -> None:
+    from angelptm.engine import planning
+    from angelptm.plan import NOMINAL_RATES
+
+    planning.measure_rates = lambda *_, **__: NOMINAL_RATES  # type: ignore[assignment]
+    planning.compute_speed = lambda *_: 1.0  # type: ignore[assignment]
+
+
+def part_of(batch: dict[str, Any], rank: int, count: int) -> dict[str, Any]:
+    """A rank's share of a global batch: as many samples as every other one's."""
+    return {
+        name: value.chunk(count)[rank] if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
+
+
+def train_family(name: str, config: Config, steps: int, copies: int = 4) -> Trained:
+    """Trains a tiny model on this rank's part of each batch, which is ``copies`` different ones of the family's."""
+    known_rates()
+    family = next(one for one in FAMILIES if one.name == name)
+    torch.manual_seed(0)
+    engine = Engine(family.model(), config)
+    rank, count = engine.ranks.index, engine.ranks.count
+    losses, norms = [], []
+    for step in range(steps):
+        for micro in range(config.gradient_accumulation_steps):
+            first = (step * config.gradient_accumulation_steps + micro) * copies
+            whole = global_batch(family, first, copies)
+            loss = loss_of(engine(**part_of(whole, rank, count)))
+            losses.append(engine.ranks.mean(float(loss.detach()), "the loss"))
+            engine.backward(loss)
+            engine.step()
+        norms.append(engine.grad_norm)
+    engine.drain()
+    values = {key: value.clone() for key, value in engine.state_dict(master=True).items()}
+    found = Trained(
+        losses,
+        norms,
+        values,
+        engine.peak_bytes(),
+        {
+            "device": config.tiers.device,
+            "host": engine.plan.host_frames * engine.plan.page_bytes,
+            "ssd": engine.plan.ssd_slots * engine.plan.page_bytes,
+        },
+        engine.plan.kind_bytes,
+        vars(engine._residency.counts) | {"stall_seconds": 0},
+    )
+    engine.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return found
+
+
+def global_batch(family: Any, first: int, copies: int) -> dict[str, Any]:
+    batches = [family.batch(first + index) for index in range(copies)]
+    return {
+        name: torch.cat([batch[name] for batch in batches]) if isinstance(value, torch.Tensor) else value
+        for name, value in batches[0].items()
+    }
