@@ -100,3 +100,6 @@ class RankError(AngelPTMError):
     def __init__(self, rank: int | None, operation: str, text: str) -> None:
         self.rank, self.operation = rank, operation
         super().__init__(text)
+
+    def __reduce__(self) -> tuple[type[RankError], tuple[int | None, str, str]]:
+        return RankError, (self.rank, self.operation, str(self))  # ranks send it to each other

@@ -239,7 +239,8 @@ class RngRecord(_Part):
 
 
 class Header(_Part):
-    """All of a manifest but its page records. Offsets in units are elements; in the buffer space, bytes."""
+    """All of a manifest but its page records. Offsets in units are elements; in the buffer space, bytes. ``rng`` are
+    the generators of the first rank; ``rank_rng``, left out where there is one, those of every rank in order."""
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
     package_version: Annotated[Text, Field(max_length=200)]
@@ -256,9 +257,17 @@ class Header(_Part):
     optimizer: OptimizerRecord
     scheduler: JsonObject | None = None
     rng: RngRecord | None = None
+    rank_rng: Annotated[tuple[RngRecord, ...], Field(strict=False, max_length=2**16)] = ()
     data: JsonObject | None = None
     model: JsonObject | None = None
     client: JsonObject | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if not self.rank_rng:
+            del fields["rank_rng"]
+        return fields
 
     @property
     def has_records(self) -> bool:

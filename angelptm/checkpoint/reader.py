@@ -68,17 +68,25 @@ class CommitReader:
     for several threads. Memory: ``depth`` pages for each stream that is under way; buffers are kept for the next one.
 
     Raises CheckpointError when a file that holds pages is missing, cut short, or no regular file (a symbolic link is
-    none); IoError when one cannot be opened.
+    none), unless it is not to need all of them: then when a page of it is read. IoError when one cannot be opened.
     """
 
     def __init__(
-        self, manifest: Manifest, folders: Sequence[Path], *, deadline_seconds: float = 120.0, depth: int = DEPTH
+        self,
+        manifest: Manifest,
+        folders: Sequence[Path],
+        *,
+        deadline_seconds: float = 120.0,
+        depth: int = DEPTH,
+        needs_all_files: bool = True,
     ) -> None:
         self.manifest, self._deadline_seconds, self._depth = manifest, deadline_seconds, depth
         self._contents = content_bytes(manifest.pages)
         self._buffers: list[AlignedBuffer] = []
         self._zeros: Bytes | None = None
-        self.paths = _find_files(manifest, folders)
+        self.paths, self._missing = _find_files(manifest, folders)
+        if needs_all_files and self._missing:
+            raise self._missing[min(self._missing)]
         """Path of each slot file by its index in the header; files that hold no page of this commit are left out."""
         self._slots = {file: index for index, file in enumerate(self.paths)}  # file of the header → file of the engine
         files = [_open(path) for path in self.paths.values()]
@@ -303,6 +311,8 @@ class CommitReader:
         if buffer is None:
             return _Flight(index, None, None)
         page = self.manifest.pages[index]
+        if (error := self._missing.get(int(page["file"]))) is not None:
+            raise error
         extent = extent_bytes(int(self._contents[index]))
         offset = int(page["slot"]) * self.manifest.header.page_bytes
         ticket = self._engine.read(offset, buffer.view(0, extent), self._slots[int(page["file"])])
@@ -348,9 +358,10 @@ def _no_pages(kind: Kind) -> str:
     return "MASTER has its values in full precision." if kind is Kind.PARAM else ""
 
 
-def _find_files(manifest: Manifest, folders: Sequence[Path]) -> dict[int, Path]:
+def _find_files(manifest: Manifest, folders: Sequence[Path]) -> tuple[dict[int, Path], dict[int, CheckpointError]]:
+    """The files that have pages, by index, and why others of them cannot be used."""
     pages, page_bytes = manifest.pages, manifest.header.page_bytes
-    found = {}
+    found, missing = {}, {}
     for index in np.unique(pages["file"][pages["file"] != NONE]).tolist():
         name = manifest.header.files[index].name
         needed = (int(pages["slot"][pages["file"] == index].max()) + 1) * page_bytes
@@ -362,13 +373,13 @@ def _find_files(manifest: Manifest, folders: Sequence[Path]) -> dict[int, Path]:
                 break
             refusals.append(f"{folder}: {refusal}")
         else:
-            raise CheckpointError(
+            missing[index] = CheckpointError(
                 name,
                 "no slot file that can be used (" + ("; ".join(refusals) or "no folder to look in") + ")",
                 f"a regular file of {needed} bytes or more",
                 "Name the folder that has it.",
             )
-    return found
+    return found, missing
 
 
 def _refusal(path: Path, needed_bytes: int) -> str:

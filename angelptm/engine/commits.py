@@ -112,7 +112,7 @@ class Commits:
 
     @property
     def folder(self) -> Path:
-        return self.durable.folder.path
+        return self.durable.path
 
     @property
     def written_bytes(self) -> int:
@@ -132,12 +132,15 @@ class Commits:
     def begin(self, header: Header, buffers: bytes, before_publish: Callable[[], None] | None = None) -> None:
         """Starts a commit of the state after the last step; waits for the one before it, and raises its error.
 
-        ``header`` lacks nothing but what the pages say; ``buffers`` is the content of its buffer space.
+        ``header`` lacks nothing but what the pages say; ``buffers`` is the content of its buffer space. On all ranks:
+        each has its own pages written, and when the last of them are safe the first rank writes the manifest of all.
         ``before_publish`` runs on the commit's thread before the manifest appears: for records that must not be older.
         Raises CheckpointError for a folder of another history: the run does not come from its commits, or it has gone
         back to an earlier step by other means than loading the commit of it.
         """
         self.wait()
+        if not self.durable.ranks.is_first:
+            buffers = b""  # the first rank's are in the commit
         self.kept.require_own(header.step)
         self.kept.retire()
         on_device = sum(not frozen or offset not in self._fixed for offset, frozen in self._device_pages)
@@ -224,7 +227,7 @@ class Commits:
             self.wait()
         finally:
             del self._saver
-            self.durable.folder.close()
+            self.durable.close()
 
     # On the commit's thread, but for _capture, which runs on either one with the lock held.
 
@@ -261,30 +264,8 @@ class Commits:
         native.Timeline.name_lane("commit")
         start = time.perf_counter()
         try:
-            for unit in range(len(self._pages)):
-                if (ticket := cut.tickets.get(unit)) is not None:
-                    ticket.wait(self._deadline_seconds)
-                with self._changed:
-                    self._capture(cut, unit)
-                    unsaved = cut.unsaved.get(unit)
-                if unsaved:
-                    on_device = [one for one in unsaved if self._pages[unit][one] is None]
-                    in_memory = [one for one in unsaved if self._pages[unit][one] is not None]
-                    self._saver.save([page for one in in_memory if (page := self._pages[unit][one]) is not None])
-                    for position in on_device:
-                        self._copy_from_device(cut, unit, position)
-                    with self._changed:
-                        left = self._record(cut, unit, in_memory)
-                        assert not left, "what was saved is in a slot"
-                        del cut.unsaved[unit]
-                        cut.copies -= len(unsaved)
-                        self._changed.notify_all()
-                self._record_frozen_device_pages(cut, unit)
-            buffer_records = self._save_buffers(cut)
-            if cut.before_publish is not None:
-                cut.before_publish()
-            self._saver.flush()
-            manifest = Manifest(cut.header, np.concatenate([cut.records, buffer_records]))
+            records = self.durable.ranks.gathered(lambda: self._prepare(cut), "making a commit")
+            manifest = Manifest(cut.header, np.concatenate(records))
             slots, cut.slots = cut.slots, []
             cut.path = self.kept.publish(manifest, slots)
             self.kept.retire()
@@ -298,6 +279,35 @@ class Commits:
             with self._changed:
                 cut.done = True
                 self._changed.notify_all()
+
+    def _prepare(self, cut: _Cut) -> np.ndarray:
+        """The records of this rank's pages, all of which are durable then."""
+        for unit in range(len(self._pages)):
+            if (ticket := cut.tickets.get(unit)) is not None:
+                ticket.wait(self._deadline_seconds)
+            with self._changed:
+                self._capture(cut, unit)
+                unsaved = cut.unsaved.get(unit)
+            if unsaved:
+                on_device = [one for one in unsaved if self._pages[unit][one] is None]
+                in_memory = [one for one in unsaved if self._pages[unit][one] is not None]
+                self._saver.save([page for one in in_memory if (page := self._pages[unit][one]) is not None])
+                for position in on_device:
+                    self._copy_from_device(cut, unit, position)
+                with self._changed:
+                    left = self._record(cut, unit, in_memory)
+                    assert not left, "what was saved is in a slot"
+                    del cut.unsaved[unit]
+                    cut.copies -= len(unsaved)
+                    self._changed.notify_all()
+            self._record_frozen_device_pages(cut, unit)
+        buffer_records = self._save_buffers(cut)
+        if cut.before_publish is not None:
+            cut.before_publish()
+        self._saver.flush()
+        records = np.concatenate([cut.records, buffer_records])
+        records["file"][records["file"] != NONE] += self.durable.first_file
+        return records
 
     def _explained(self, error: BaseException, cut: _Cut) -> BaseException:
         """Says what to do where the slots ran out."""
@@ -349,7 +359,7 @@ class Commits:
         ]
         if not missing:
             return
-        manifest = self.durable.folder.load(step)
+        manifest = self.durable.owned_folder.load(step)
         header, mine = manifest.header, units_from_layouts([unit.layout for unit in self._plan.units])
         if (header.store_id, header.page_bytes, header.units) != (self.durable.store_id, self._plan.page_bytes, mine):
             return

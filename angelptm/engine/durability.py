@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from angelptm.checkpoint.format import Manifest
@@ -23,6 +24,7 @@ from angelptm.engine.setup import persistent_buffers
 from angelptm.engine.snapshot import (
     Stateful,
     check_generator_states,
+    generator_states,
     make_header,
     restore_groups,
     set_generator_states,
@@ -75,14 +77,16 @@ class Durability:
         before_publish: Callable[[], None] | None,
     ) -> None:
         self._progress.require_whole()
-        if self._parts.commits is None:
+        commits, ranks = self._parts.commits, self._parts.ranks
+        if self._config.checkpoint.folder is None:
             raise AngelPTMError(
                 "save_checkpoint: the store has no folder to commit to. Set checkpoint.folder in the config that "
                 "initialize gets, before training."
             )
-        if save_dir is not None and Path(save_dir).resolve() != self._parts.commits.folder.resolve():
+        folder = self._config.checkpoint.folder.resolve()
+        if save_dir is not None and Path(save_dir).resolve() != folder:
             raise AngelPTMError(
-                f"save_checkpoint: {save_dir} is not checkpoint.folder ({self._parts.commits.folder}). A commit stays "
+                f"save_checkpoint: {save_dir} is not checkpoint.folder ({folder}). A commit stays "
                 "where the pages are; `angelptm checkpoint copy` copies one to another folder or drive."
             )
         self._parts.gradients.settle()
@@ -91,14 +95,19 @@ class Durability:
                 "save_checkpoint: there are gradients that no step has taken. Commit after step(), or drop them with "
                 "optimizer.zero_grad()."
             )
+        own_files: list[tuple[str, int]] = []
+        if commits is not None:
+            own_files = list(zip(commits.durable.files, self._parts.store.slot_counts))
+        told = ranks.every((own_files, generator_states(self._parts.device)), "a commit")
+        if commits is None:
+            return  # the pages of another copy are in the commit
         records, content = buffer_space(persistent_buffers(self._module))
-        durable = self._parts.commits.durable
         header = make_header(
             plan=self._parts.plan,
             device=self._parts.device,
             module=self._module,
-            store_id=durable.store_id,
-            files=list(zip(durable.files, self._parts.store.slot_counts)),
+            store_id=commits.durable.store_id,
+            files=[file for files, _ in told for file in files],
             step=self._progress.global_step,
             config_hash=self._config.hash,
             precision=self._config.precision,
@@ -107,11 +116,12 @@ class Durability:
             steps_of=self._progress.steps_of,
             buffers=records,
             buffer_bytes=len(content),
+            rank_rng=() if ranks.is_alone else [generators for _, generators in told],
             scheduler=state_of(scheduler),
             data=state_of(data),
             client=state_of(client_state),
         )
-        self._parts.commits.begin(header, content, before_publish)
+        commits.begin(header, content, before_publish)
 
     def load(
         self,
@@ -121,20 +131,30 @@ class Durability:
         weights_only: bool,
         before_change: Callable[[], None],
     ) -> Resumed:
-        """``before_change`` is called when nothing is left that could refuse the commit."""
+        """``before_change`` is called when nothing is left that could refuse the commit. On all ranks."""
+        ranks = self._parts.ranks
         if load_dir is None:
-            if self._parts.commits is None:
+            if self._config.checkpoint.folder is None:
                 raise AngelPTMError("load_checkpoint: name a folder, as the config has no checkpoint.folder")
-            load_dir = self._parts.commits.folder
+            load_dir = self._config.checkpoint.folder
         if self._parts.commits is not None:
             self._parts.commits.wait()
         folders = [one.path for one in self._config.tiers.ssd]
-        with open_commit(Path(load_dir), step, self._parts.commits, folders) as (folder, manifest, reader, same_files):
+        with open_commit(Path(load_dir), step, self._parts.commits, folders, ranks) as (
+            folder,
+            manifest,
+            reader,
+            own_files,
+        ):
             header = manifest.header
-            restorer = self._restorer(folder, manifest, reader, same_files=same_files, weights_only=weights_only)
-            notes = check_buffers(self._module, header, str(folder))
-            if header.rng is not None and not weights_only:
-                check_generator_states(header.rng, str(folder))
+
+            def check() -> tuple[Restorer, list[str]]:
+                restorer = self._restorer(folder, manifest, reader, own_files=own_files, weights_only=weights_only)
+                if header.rng is not None and not weights_only:
+                    check_generator_states(header.rng, str(folder))
+                return restorer, check_buffers(self._module, header, str(folder))
+
+            restorer, notes = ranks.together(check, "looking at a commit")
             before_change()
             self._progress.half_done = f"the load of the commit of step {header.step}"
             commits = self._parts.commits
@@ -142,8 +162,10 @@ class Durability:
                 commits.forget_device_pages()
             for unit in range(len(self._parts.leaves)):
                 self._parts.residency.expire(unit)
-            pages = restorer.weights() if weights_only else restorer.pages()
-            restore_buffers(self._module, reader)
+            pages = ranks.together(restorer.weights if weights_only else restorer.pages, "reading a commit")
+            restore_buffers(
+                self._module, ranks.of_first(reader.buffers() if ranks.is_first else {}, "the buffers of a commit")
+            )
             if commits is not None and not weights_only and folder.resolve() == commits.folder.resolve():
                 commits.come_from(header.step)
         notes += self._start_anew() if weights_only else self._go_on(header)
@@ -164,7 +186,7 @@ class Durability:
         return self.resumed
 
     def _restorer(
-        self, folder: Path, manifest: Manifest, reader: CommitReader, *, same_files: bool, weights_only: bool
+        self, folder: Path, manifest: Manifest, reader: CommitReader, *, own_files: range, weights_only: bool
     ) -> Restorer:
         """Refuses a commit of another model or optimizer."""
         parts, mine, theirs = self._parts, self._config.optimizer.type, manifest.header.optimizer.type
@@ -178,7 +200,7 @@ class Durability:
         return Restorer(
             manifest,
             reader,
-            same_files=same_files,
+            own_files=own_files,
             weights_only=weights_only,
             store=parts.store,
             plan=parts.plan,
@@ -199,11 +221,24 @@ class Durability:
         for name in self._progress.steps_of:
             self._progress.steps_of[name] = header.optimizer.steps.get(name, 0)
         self._progress.global_step = header.step
+        notes = []
         if header.rng is not None:
-            set_generator_states(header.rng, self._parts.device)
+            notes = self._set_generators(header)
         if restore_groups(self._optimizer.param_groups, header.optimizer.groups):
+            return notes
+        return [*notes, "the parameter groups differ from the commit's: they keep what the config says"]
+
+    def _set_generators(self, header: Header) -> list[str]:
+        """Of as many ranks as there were, each gets its own; one that was not there gets numbers of its own."""
+        ranks, saved = self._parts.ranks, header.rank_rng or (header.rng,)
+        own = saved[ranks.index] if ranks.index < len(saved) else header.rng
+        assert own is not None, "the caller has looked"
+        set_generator_states(own, self._parts.device)
+        if len(saved) == ranks.count:
             return []
-        return ["the parameter groups differ from the commit's: they keep what the config says"]
+        if ranks.index >= len(saved):
+            torch.manual_seed(int(torch.randint(2**62, ()).item()) + ranks.index)
+        return [f"{ranks.count} ranks go on from {len(saved)}: random numbers, as of dropout, are not those of before"]
 
     def restore_progress(self, scheduler: Stateful | None, data: Stateful | None) -> None:
         if self.resumed is None:

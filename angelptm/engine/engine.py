@@ -70,6 +70,22 @@ class Engine:
         self.module = model
         self.config = config
         self.ranks = ranks or join(config)
+        try:
+            self._build(model, config, groups, resume, resume_step, faults, disk)
+        except BaseException as error:
+            self.ranks.leave(error)
+            raise
+
+    def _build(
+        self,
+        model: nn.Module,
+        config: Config,
+        groups: Sequence[dict[str, Any]] | None,
+        resume: str | Path | None,
+        resume_step: int | None,
+        faults: native.FaultPlan | None,
+        disk: Disk | None,
+    ) -> None:
         structure, layouts = lay_out(model, config)
         self.plan: Plan = self.ranks.together(
             lambda: plan_of(structure, layouts, config, buffer_bytes_of(model), ranks=self.ranks), "planning"
@@ -88,12 +104,14 @@ class Engine:
 
         # Nothing was allocated until here.
         durable, slot_files = None, None
-        if config.checkpoint.folder is not None:
+        if config.checkpoint.folder is not None and self.ranks.commits_pages:
             folders = [one.path for one in config.tiers.ssd]
-            durable, slot_files = open_durable(config.checkpoint.folder, folders, self.plan, disk or Disk())
+            durable, slot_files = open_durable(
+                config.checkpoint.folder, folders, self.plan, disk or Disk(), self.ranks.committing
+            )
         with ExitStack() as undo:
             if durable is not None:
-                undo.callback(durable.folder.close)
+                undo.callback(durable.close)
                 undo.callback(remove_new_slot_files, durable)
             parts = assemble(model, config, self.plan, durable, slot_files, faults, self._take_gradient, self.ranks)
             self._wire(parts, structure, named_groups)
@@ -503,6 +521,7 @@ class Engine:
         The model's parameters stay parked.
         """
         with ExitStack() as last:
+            last.callback(self.ranks.close)
             last.callback(self._device.close)
             if self._gatherer is not None:
                 last.callback(self._gatherer.close)

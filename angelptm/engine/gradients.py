@@ -119,7 +119,8 @@ class Gradients:
             self._under_way[param.name] += 1
             return lambda gradient: self._reduced(unit, param, gradient, before, done)
 
-        self._for_others = then
+        if self._reducer is not None:
+            self._for_others = then
 
     def accumulate(
         self, unit: int, leaf: int, param: ParamLayout, gradient: torch.Tensor, *, before: _Callback, done: _Callback
@@ -145,9 +146,12 @@ class Gradients:
         self, unit: int, param: ParamLayout, gradient: torch.Tensor, before: _Callback, done: _Callback
     ) -> None:
         self._under_way[param.name] -= 1
-        self._add(unit, param, gradient, before, done)
-        # Other ranks have it too, whoever's its pages are.
-        self._units[unit].norms.setdefault(param.name, {})
+
+        def taken() -> None:
+            self._units[unit].norms.setdefault(param.name, {})  # whoever's its pages are, all ranks know of it
+            done()
+
+        self._add(unit, param, gradient, before, taken)
         if self._readout is not None:
             self._readout.wait()  # what follows from a gradient comes at the same place of the step on all ranks
 

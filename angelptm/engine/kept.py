@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import angelptm_native as native
@@ -14,7 +15,9 @@ from angelptm.checkpoint.disk import Disk
 from angelptm.checkpoint.folder import CheckpointFolder
 from angelptm.checkpoint.format import Manifest
 from angelptm.checkpoint.slot_files import remove_slot_files
-from angelptm.errors import CheckpointError
+from angelptm.errors import CheckpointError, RankError
+from angelptm.ranks import Ranks
+from io_engine import IoError
 
 _log = logging.getLogger("angelptm")
 
@@ -31,15 +34,40 @@ class _Kept:
 
 @dataclass(frozen=True)
 class Durable:
-    """What a run needs to commit: the folder of the manifests, locked; the id and the names of its slot files; the
-    folders these are in; and what the commits that exist hold."""
+    """What a run needs to commit: the folder of the manifests, and the owner of its lock, None on any rank but the
+    first; the id of the slot files; this rank's of them, from the one of index ``first_file`` on; the folders these are
+    in; and what the commits that exist hold in them."""
 
-    folder: CheckpointFolder
+    path: Path
+    folder: CheckpointFolder | None
     disk: Disk
     store_id: str
+    first_file: int
     files: tuple[str, ...]
     folders: tuple[Path, ...]
     kept: Mapping[int, tuple[str, list[Slot]]]
+    ranks: Ranks  # that commit together
+
+    @property
+    def owned_folder(self) -> CheckpointFolder:
+        assert self.folder is not None, "the first rank has it"
+        return self.folder
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.folder.close()
+
+
+@dataclass(frozen=True)
+class _Published:
+    """What became of a publication: the commits that are ``gone`` for it, the manifest's ``path``; or an ``error``, and
+    whether the manifest ``may_be_there`` all the same, or replaced one that is gone with it."""
+
+    gone: list[int]
+    path: Path | None = None
+    error: BaseException | None = None
+    may_be_there: bool = False
+    removed: bool = False
 
 
 class KeptCommits:
@@ -69,7 +97,7 @@ class KeptCommits:
         newest = self.newest()
         if self._kept and (newest is None or newest > step):
             raise CheckpointError(
-                str(self._durable.folder.path),
+                str(self._durable.path),
                 f"a commit of step {max(self._kept)}, which this run does not come from",
                 "a folder of this run's own commits",
                 "Load that commit first, or choose another checkpoint.folder.",
@@ -77,63 +105,89 @@ class KeptCommits:
 
     def publish(self, manifest: Manifest, slots: list[Slot]) -> Path:
         """Makes a commit durable, in place of one of the same step. ``slots`` are its references, which are held from
-        here on, or released when this raises an error and the manifest is not there."""
-        step, folder = manifest.header.step, self._durable.folder
+        here on, or released when this raises an error and the manifest is not there. On all ranks, each with its own
+        slots: the first one writes the manifest, with which the commit is there for all."""
+        step, ranks = manifest.header.step, self._durable.ranks
+        result = self._put(manifest) if ranks.is_first else None
+        if not ranks.is_alone:
+            sent = ranks.of_first(_to_send(result, ranks), "the end of a commit")
+            result = result or sent
+        assert result is not None, "of the first rank"
         former = self._kept.get(step)
+        for one in result.gone:
+            self._let_go(self._kept.pop(one))
+        if result.path is not None:
+            self._kept[step] = _Kept(self._durable.store_id, slots)
+            self._lineage.add(step)
+            self._replaces_left = True
+            if former is not None:
+                self._let_go(former)
+            return result.path
+        assert result.error is not None, "why it is not there"
+        if result.may_be_there:
+            # After a power cut either one may be there.
+            both = former.slots if former is not None and former.store_id == self._durable.store_id else []
+            self._kept[step] = _Kept(self._durable.store_id, slots + both)
+        else:
+            self._store.release_slots(slots)
+            if result.removed and former is not None:
+                self._let_go(self._kept.pop(step))
+        raise result.error
+
+    def _put(self, manifest: Manifest) -> _Published:
+        """On the first rank."""
+        step, folder, gone = manifest.header.step, self._durable.owned_folder, list[int]()
         try:
             # Commits that the run has left must not be the newest ones beside its own.
             for later in [one for one in self._kept if one > step and one not in self._lineage]:
                 if folder.retire(later):
-                    self._let_go(self._kept.pop(later))
-            path = folder.publish(manifest)
-        except BaseException:
-            if self._is_there(manifest):
-                self._take_back(step, slots, former)
-            else:
-                self._store.release_slots(slots)
-            raise
-        self._kept[step] = _Kept(self._durable.store_id, slots)
-        self._lineage.add(step)
-        self._replaces_left = True
-        if former is not None:
-            self._let_go(former)
-        return path
+                    gone.append(later)
+            return _Published(gone, folder.publish(manifest))
+        except BaseException as error:
+            if not self._is_there(manifest):
+                return _Published(gone, error=error)
+            # A manifest that is there, and perhaps not durable, is removed. Where that fails too it keeps its slots, as
+            # does the one that it replaced.
+            try:
+                removed = folder.retire(step)
+            except Exception:  # the first error is the one to tell; this one says that the manifest may be there still
+                removed = False
+            return _Published(gone, error=error, may_be_there=not removed, removed=removed)
 
     def _is_there(self, manifest: Manifest) -> bool:
         """Whether a publication that ended in an error got as far as giving the manifest its name."""
         try:
-            return self._durable.folder.manifest_path(manifest.header.step).read_bytes() == manifest.encode()
+            return self._durable.owned_folder.manifest_path(manifest.header.step).read_bytes() == manifest.encode()
         except (FileNotFoundError, CheckpointError):
             return False
         except OSError:
             return True  # it may be
 
-    def _take_back(self, step: int, slots: list[Slot], former: _Kept | None) -> None:
-        """Removes a manifest that is there, and perhaps not durable. Where that fails too it keeps its slots, as does
-        the one that it replaced: after a power cut either one may be there."""
-        try:
-            removed = self._durable.folder.retire(step)
-        except Exception:  # the first error is the one to tell; this one says that the manifest may be there still
-            removed = False
-        if removed:
-            self._store.release_slots(slots)
-            if former is not None:
-                self._let_go(self._kept.pop(step))
-            return
-        both = former.slots if former is not None and former.store_id == self._durable.store_id else []
-        self._kept[step] = _Kept(self._durable.store_id, slots + both)
-
     def retire(self) -> int | None:
         """Drops the commits of histories that this run has left, once it has one of its own, and of these the oldest
-        beyond ``keep``. One that another process reads stays, until a later call; returns the step of such a one."""
+        beyond ``keep``. One that another process reads stays, until a later call; returns the step of such a one. On
+        all ranks."""
         own = sorted(self._kept.keys() & self._lineage)
         left = sorted(self._kept.keys() - self._lineage) if self._replaces_left else []
-        held = None
-        for one in [*left, *own[: max(0, len(own) - self._keep)]]:
-            if self._durable.folder.retire(one):
-                self._let_go(self._kept.pop(one))
-            else:
-                held = one
+        asked = [*left, *own[: max(0, len(own) - self._keep)]]
+        if not asked:
+            return None
+        ranks, gone, held, error = self._durable.ranks, list[int](), None, None
+        if ranks.is_first:
+            try:
+                for one in asked:
+                    if self._durable.owned_folder.retire(one):
+                        gone.append(one)
+                    else:
+                        held = one
+            except BaseException as caught:
+                error = caught
+        if not ranks.is_alone:
+            gone, held = ranks.of_first((gone, held), "the retirement of commits")
+        for one in gone:
+            self._let_go(self._kept.pop(one))
+        if error is not None:
+            raise error
         return held
 
     def make_room(self, needed: int) -> None:
@@ -142,10 +196,12 @@ class KeptCommits:
         deadline = time.monotonic() + self._deadline_seconds
         while len(self._kept) > self._keep and self._store.slot_free_count < needed:
             self._replaces_left = True  # a later commit that the run has left keeps slots that it needs now
-            held = self.retire()
-            if held is not None and time.monotonic() > deadline:
+            # Other ranks may have room: what takes all of them is for the next commit.
+            alone = self._durable.ranks.is_alone
+            held = self.retire() if alone else min(self._kept)
+            if held is not None and (not alone or time.monotonic() > deadline):
                 raise CheckpointError(
-                    str(self._durable.folder.manifest_path(held)),
+                    f"{self._durable.path}: commit of step {held}",
                     f"a commit that a reader has held for {self._deadline_seconds} s",
                     "one that can be retired, as its slots are needed",
                     "End what reads it, or raise checkpoint.keep.",
@@ -159,12 +215,23 @@ class KeptCommits:
         last = all(other.store_id != kept.store_id for other in self._kept.values())
         if not last:
             return
-        if remove_slot_files(kept.store_id, self._durable.folders, self._durable.disk):
-            self._durable.folder.forget_store_id(kept.store_id)
+        if not self._durable.ranks.is_first:
+            with suppress(IoError):  # the first rank may have been faster
+                remove_slot_files(kept.store_id, self._durable.folders, self._durable.disk)
+        elif remove_slot_files(kept.store_id, self._durable.folders, self._durable.disk):
+            self._durable.owned_folder.forget_store_id(kept.store_id)
         else:  # The id stays known.
             _log.warning(
                 "the slot files of retired commits (angelptm-%s-*) are in no folder that tiers.ssd names now: "
                 "`angelptm checkpoint gc %s --ssd FOLDER` removes them",
                 kept.store_id,
-                self._durable.folder.path,
+                self._durable.path,
             )
+
+
+def _to_send(result: _Published | None, ranks: Ranks) -> _Published | None:
+    """To other ranks: an error's text is all of it that surely pickles. The first rank raises its own."""
+    if result is None or result.error is None:
+        return result
+    text = f"rank {ranks.index}: {result.error}"
+    return replace(result, error=RankError(ranks.index, "the end of a commit", text))

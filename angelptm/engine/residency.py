@@ -28,8 +28,9 @@ class _State:
     """A unit's place in the arena, in frames. ``offset`` is None while it is not there.
 
     ``arriving`` is the ticket of a fetch, from all ranks, whose end nobody has seen. ``pins`` counts the modules that
-    are computing with the unit, which may not lose it. ``in_backward`` marks a unit whose gradients are still coming: it stays unless its
-    frames are needed, and comes back on use; a fetch ahead of use may not take its frames before it is ``finished``.
+    are computing with the unit, which may not lose it. ``in_backward`` marks a unit whose gradients are still coming:
+    it stays unless its frames are needed, and comes back on use; a fetch ahead of use may not take its frames before it
+    is ``finished``.
     ``version`` counts changes of its parameters.
 
     Where nobody waits for updates, ``stale`` says that newer parameters may be published, and that the unit may change

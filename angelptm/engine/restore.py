@@ -43,15 +43,15 @@ class Restored:
 
 
 class Restorer:
-    """One resume. ``reader`` gives the commit's content, verified; ``same_files`` says that the run's store is on the
-    slot files that the manifest names, with the commit's slots claimed."""
+    """One resume. ``reader`` gives the commit's content, verified; ``own_files`` are those of the manifest's files that
+    the run's store is on, with the commit's slots claimed."""
 
     def __init__(
         self,
         manifest: Manifest,
         reader: CommitReader,
         *,
-        same_files: bool,
+        own_files: range,
         weights_only: bool,
         store: native.Store,
         plan: Plan,
@@ -75,7 +75,8 @@ class Restorer:
             param.name: param for unit in layouts_from_units(manifest.header.units) for param in unit.params
         }
         self._expect_parameters()
-        self._exact = self._index() if same_files else {}
+        self._own_files = own_files
+        self._exact = self._index() if own_files else {}
         self.restored = Restored()
 
     def _refuse(self, found: str, expected: str, remedy: str = "") -> CheckpointError:
@@ -153,14 +154,19 @@ class Restorer:
             self.restored.read += 1
             return
         record = self._manifest.pages[index]
-        if int(record["file"]) == NONE:
+        file = int(record["file"])
+        if file == NONE:
             self._values.clear_page(page.page)
             self.restored.cleared += 1
+            return
+        if file not in self._own_files:  # another rank had it
+            self._assemble(page)
+            self.restored.read += 1
             return
         if self._store.page_home(page.page) == native.Home.HOST:
             self._copy(page.page, index)  # into its frame; the slot is its saved copy from here on
         self._store.adopt(
-            page.page, int(record["file"]), int(record["slot"]), int(record["crc"]), int(record["version"])
+            page.page, file - self._own_files.start, int(record["slot"]), int(record["crc"]), int(record["version"])
         )
         self.restored.adopted += 1
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from angelptm.engine.restore import Restored
 from angelptm.engine.setup import persistent_buffers
 from angelptm.engine.snapshot import from_json
 from angelptm.errors import CheckpointError
+from angelptm.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,37 @@ class Resumed:
 
 @contextmanager
 def open_commit(
-    path: Path, step: int | None, own: Commits | None, ssd_folders: Sequence[Path]
-) -> Iterator[tuple[Path, Manifest, CommitReader, bool]]:
-    """The folder, the manifest, a reader of its pages, and whether the pages lie in the slot files of ``own``.
+    path: Path, step: int | None, own: Commits | None, ssd_folders: Sequence[Path], ranks: Ranks
+) -> Iterator[tuple[Path, Manifest, CommitReader, range]]:
+    """The folder, the manifest, a reader of its pages, and which of its files are the slot files of ``own``.
 
     A folder of another run is only read, and its commit held meanwhile, so that the run it belongs to does not retire
-    it.
+    it. On all ranks: the first one has the folder, and the others learn from it what the manifest says.
     """
-    folder_path = locate(path)
-    mine = own is not None and folder_path.resolve() == own.folder.resolve()
-    folder = own.durable.folder if mine and own is not None else CheckpointFolder.read(folder_path)
-    try:
-        with folder.hold(choose_step(folder, step)) as manifest:
-            same_files = mine and own is not None and manifest.header.store_id == own.durable.store_id
-            with CommitReader(manifest, [folder_path, *ssd_folders]) as reader:
-                yield folder_path, _with_states(manifest), reader, same_files
-    finally:
-        if not mine:
-            folder.close()
+    with ExitStack() as last:
+
+        def find() -> tuple[Path, bytes] | None:
+            if not ranks.is_first:
+                return None
+            folder_path = locate(path)
+            if own is not None and folder_path.resolve() == own.folder.resolve():
+                folder = own.durable.owned_folder
+            else:
+                folder = last.enter_context(CheckpointFolder.read(folder_path))
+            manifest = last.enter_context(folder.hold(choose_step(folder, step)))
+            return folder_path, manifest.encode()
+
+        found = ranks.of_first(ranks.together(find, "finding a commit"), "the commit to go on from")
+        assert found is not None, "of the first rank"
+        folder_path, content = found
+        manifest = Manifest.decode(content, str(folder_path))
+        own_files = range(0)
+        if own is not None and manifest.header.store_id == own.durable.store_id:
+            first = own.durable.first_file
+            own_files = range(first, first + len(own.durable.files))
+        with CommitReader(manifest, [folder_path, *ssd_folders], needs_all_files=ranks.is_alone) as reader:
+            yield folder_path, _with_states(manifest), reader, own_files
+            ranks.barrier("the end of reading a commit")  # till then it is held
 
 
 def _with_states(manifest: Manifest) -> Manifest:
@@ -85,10 +99,10 @@ def check_buffers(module: nn.Module, header: Header, path: str) -> list[str]:
     return [*notes, *(f"the model's buffer {name} is not in the commit, and keeps its value" for name in mine)]
 
 
-def restore_buffers(module: nn.Module, reader: CommitReader) -> None:
-    """Copies the commit's buffers into the model's."""
+def restore_buffers(module: nn.Module, saved: Mapping[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    """Copies a commit's buffers, as CommitReader.buffers gives them, into the model's."""
     mine = persistent_buffers(module)
-    for name, (_, _, content) in reader.buffers().items():
+    for name, (_, _, content) in saved.items():
         if name in mine and content:
             target = mine[name]
             target.copy_(torch.frombuffer(bytearray(content), dtype=target.dtype).reshape(target.shape))

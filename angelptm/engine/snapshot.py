@@ -60,12 +60,14 @@ def make_header(
     steps_of: Mapping[str, int],
     buffers: Sequence[BufferRecord],
     buffer_bytes: int,
+    rank_rng: Sequence[RngRecord],
     scheduler: dict[str, Any] | None,
     data: dict[str, Any] | None,
     client: dict[str, Any] | None,
 ) -> Header:
-    """The header of a commit of the state as it is now. ``param_groups`` are torch's, of parked parameters. Raises
-    AngelPTMError for values that JSON cannot hold."""
+    """The header of a commit of the state as it is now. ``param_groups`` are torch's, of parked parameters;
+    ``rank_rng`` the generators of every rank, where there are several. Raises AngelPTMError for values that JSON cannot
+    hold."""
     try:
         return Header(
             package_version=__version__,
@@ -92,6 +94,7 @@ def make_header(
             ),
             scheduler=to_json(scheduler),
             rng=generator_states(device),
+            rank_rng=tuple(rank_rng),
             data=to_json(data),
             model=_model_config(module),
             client=to_json(client),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from angelptm.errors import ConfigError
 from angelptm.plan import Share
 from angelptm.ranks.ranks import Groups, Ranks, timeout
 from angelptm.ranks.watch import Watch
+
+_PATIENCE = 10
+"""Of those who make a commit together, in deadlines of the others."""
 
 
 def join(config: Config) -> Ranks:
@@ -38,7 +42,11 @@ def join(config: Config) -> Ranks:
         return dist.new_group(members, timeout=within, backend=backend)
 
     everyone = list(range(count))
-    control, commits = group(everyone, "gloo"), group(everyone, "gloo")
+    control = group(everyone, "gloo")
+    committers = everyone[:shares]
+    # Ranks come to a commit's end one after the other, as each has its pages written.
+    patient = timeout(_PATIENCE * config.distributed.deadline_seconds)
+    commits = dist.new_group(committers, timeout=patient, backend="gloo")
     # Each process makes all groups, in one order, those that it is not in too.
     own: dict[str, Any] = {}
     first = index // shares * shares
@@ -58,17 +66,28 @@ def join(config: Config) -> Ranks:
             if share == index % shares:
                 replicas = made_here
     store = dist.distributed_c10d.PrefixStore("angelptm", _own_connection())
+    watch, own_share = Watch(store, index, count), Share(index % shares, shares)
+    groups = Groups(control=control, replicas=replicas, members=tuple(range(first, first + shares)), **own)
+    committing = None
+    if shares > 1 and index < shares:
+        committing = Ranks(
+            index,
+            shares,
+            share=own_share,
+            groups=replace(groups, control=commits),
+            watch=watch,
+            deadline_seconds=_PATIENCE * config.distributed.deadline_seconds,
+        )
     return Ranks(
         index,
         count,
-        share=Share(index % shares, shares),
+        share=own_share,
         here=here,
-        groups=Groups(
-            control=control, commits=commits, replicas=replicas, members=tuple(range(first, first + shares)), **own
-        ),
-        watch=Watch(store, index, count),
+        groups=groups,
+        watch=watch,
         deadline_seconds=config.distributed.deadline_seconds,
         coalesces=on_gpu,
+        committing=committing,
     )
 
 

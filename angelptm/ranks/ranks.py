@@ -25,13 +25,12 @@ _SWEEP = 1 << 20  # doubles that are summed at once: 8 MiB
 
 @dataclass(frozen=True)
 class Groups:
-    """Process groups, each with an order of its own. ``control``: all ranks, of the CPU's memory. ``commits``: as
-    ``control``, for the thread that makes commits. ``copy``: the ranks that hold one copy of the model together, of the
-    CPU's memory. ``gathers`` and ``gradients``: the same, of the device's. ``replicas``: the ranks that have the same
-    share in every copy, of the device's; None where there is one copy."""
+    """Process groups, each with an order of its own. ``control``: all ranks, of the CPU's memory. ``copy``: the ranks
+    that hold one copy of the model together, of the CPU's memory. ``gathers`` and ``gradients``: the same, of the
+    device's. ``replicas``: the ranks that have the same share in every copy, of the device's; None where there is one
+    copy."""
 
     control: Any
-    commits: Any
     copy: Any
     gathers: Any
     gradients: Any
@@ -54,8 +53,10 @@ class Ranks:
         watch: Watch | None = None,
         deadline_seconds: float = 120.0,
         coalesces: bool = False,
+        committing: Ranks | None = None,
     ) -> None:
-        """``coalesces``: whether the device's backend is best with collectives of many pages at once (NCCL)."""
+        """``coalesces``: whether the device's backend is best with collectives of many pages at once (NCCL).
+        ``committing``: the ranks whose pages are in commits, as the thread that makes these talks to them."""
         assert (groups is None) == (count == 1), "several ranks have groups"
         self.index, self.count, self.here = index, count, here
         self.share = share or Share()
@@ -64,6 +65,13 @@ class Ranks:
         self.watch = watch
         self.deadline_seconds = deadline_seconds
         self.coalesces = coalesces
+        self._committing = committing
+
+    @property
+    def committing(self) -> Ranks:
+        """The ranks that make commits together, in a group of their own, for the thread that does it."""
+        assert self.commits_pages, "of a copy whose pages are in no commit"
+        return self._committing or self
 
     @property
     def is_alone(self) -> bool:
@@ -171,6 +179,18 @@ class Ranks:
         self.agree(error, what)
         return found  # type: ignore[return-value]
 
+    def gathered(self, act: Callable[[], _T], what: str) -> list[_T]:
+        """What ``act`` returns on each rank, in order, when it has returned on all: on the first rank; its own alone on
+        others. Raises its error, or that of another rank."""
+        own = self.together(act, what)
+        if self.is_alone:
+            return [own]
+        assert self.groups is not None
+        found: list[Any] = [None] * self.count if self.is_first else []
+        with self.doing(what):
+            dist.gather_object(own, found if self.is_first else None, dst=0, group=self.groups.control)
+        return found if self.is_first else [own]
+
     def barrier(self, what: str) -> None:
         """Returns when all ranks have come here."""
         self.any(False, what)
@@ -205,7 +225,14 @@ class Ranks:
         assert self.groups is not None
         return self.groups.members[owner]
 
+    def leave(self, error: BaseException) -> None:
+        """This rank ends with an error, of which the others are told."""
+        if self.watch is not None:
+            self.watch.fail(error)
+            self.watch.close()
+
     def close(self) -> None:
+        """This rank has done its part."""
         if self.watch is not None:
             self.watch.close()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import Any
 
 from angelptm.errors import RankError
@@ -41,19 +44,23 @@ class Watch:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._main = threading.get_ident()
+        self._former_hook = sys.excepthook
+        sys.excepthook = self._uncaught
+        atexit.register(self.close)  # no thread may be in the store's code when the interpreter goes
         self._thread = threading.Thread(target=self._beat, name="angelptm-watch", daemon=True)
         self._thread.start()
 
     def enter(self, what: str) -> None:
-        """A wait begins. Those of other threads than the first are told by name alone, as they have no order in it."""
-        with self._lock:
-            self._place.what, self._place.waiting = what, True
-            if threading.get_ident() == self._main:
+        """A wait begins. Those of other threads than the first are not told, as they have no order among these."""
+        if threading.get_ident() == self._main:
+            with self._lock:
+                self._place.what, self._place.waiting = what, True
                 self._place.operation += 1
 
     def leave(self) -> None:
-        with self._lock:
-            self._place.waiting = False
+        if threading.get_ident() == self._main:
+            with self._lock:
+                self._place.waiting = False
 
     def fail(self, error: BaseException) -> None:
         """This rank is about to end with an error: others are told, once."""
@@ -61,9 +68,17 @@ class Watch:
             self._place.error = self._place.error or f"{type(error).__name__}: {error}"[:500]
         self._tell()
 
+    def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self.fail(error)
+        self._former_hook(kind, error, trace)
+
     def close(self) -> None:
+        """Tells the others that this rank is done. A second call does nothing."""
         if not self._ended.is_set():
             self._ended.set()
+            atexit.unregister(self.close)
+            if sys.excepthook == self._uncaught:
+                sys.excepthook = self._former_hook
             self._thread.join(_SILENT_SECONDS)
             with self._lock:
                 self._place.what, self._place.waiting = "ended", False

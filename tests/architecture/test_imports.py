@@ -44,7 +44,7 @@ LAYERS: dict[str, str] = {
     "angelptm.engine": "angelptm.version angelptm.errors angelptm.sizes angelptm.config "
     "angelptm.checkpoint angelptm.units angelptm.states.formats angelptm.states.layout angelptm.states.codec "
     "angelptm.plan angelptm.kernels angelptm.timeline angelptm.pages angelptm.device angelptm.ranks angelptm.model "
-    "angelptm_native",
+    "angelptm_native io_engine",
     "angelptm.foresight": "angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.units "
     "angelptm.states.formats angelptm.plan angelptm.device angelptm.model angelptm.engine angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.checkpoint "

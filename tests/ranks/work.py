@@ -85,3 +85,29 @@ def global_batch(family: Any, first: int, copies: int) -> dict[str, Any]:
         name: torch.cat([batch[name] for batch in batches]) if isinstance(value, torch.Tensor) else value
         for name, value in batches[0].items()
     }
+
+
+def train_and_commit(
+    name: str, config: Config, first: int, steps: int, copies: int = 4, resume: str | None = None
+) -> Trained:
+    """As train_family, on global batches from ``first`` on; commits after the last step."""
+    known_rates()
+    family = next(one for one in FAMILIES if one.name == name)
+    engine = Engine(family.model(), config, resume=resume)
+    rank, count = engine.ranks.index, engine.ranks.count
+    losses = []
+    for step in range(first, first + steps):
+        loss = loss_of(engine(**part_of(global_batch(family, step * copies, copies), rank, count)))
+        losses.append(engine.ranks.mean(float(loss.detach()), "the loss"))
+        engine.backward(loss)
+        engine.step()
+        if step % 2 == 1 or step == first + steps - 1:
+            engine.save_checkpoint()
+    engine.wait_for_checkpoint()
+    values = {key: value.clone() for key, value in engine.state_dict(master=True).items()}
+    assert engine.global_step == first + steps
+    resumed = vars(engine.resumed.pages) if engine.resumed is not None else {}
+    engine.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return Trained(losses, [], values, {}, {}, {}, resumed)
