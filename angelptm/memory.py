@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 import psutil
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+RANKS_HERE = "LOCAL_WORLD_SIZE"
+"""The variable in which torchrun says how many processes it has started on this machine."""
 PROCESS_BYTES = 2**30
 """What Python, torch and transformers take of the host's memory, beside pages and activations."""
 
@@ -28,6 +31,12 @@ class HostMemory:
     def allowed_bytes(self) -> int:
         """What a process may have of it, whatever others have now."""
         return min(self.total_bytes, self.cgroup_limit_bytes or self.total_bytes)
+
+
+def ranks_here() -> int:
+    """Processes on this machine that share it as ranks of one run."""
+    text = os.environ.get(RANKS_HERE, "")
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def host_memory() -> HostMemory:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from angelptm.cli.plan import planned, show_plan
+from angelptm.cli.plan import RankCount, load_ranked, planned, show_plan
 from angelptm.cli.report import collect_report
 from angelptm.cli.train import ConfigPath, Overrides
 from angelptm.config import Config, load_config
@@ -37,12 +37,12 @@ class Finding:
     serious: bool
 
 
-def findings(config: Config, host_bytes: int, report: Mapping[str, Any]) -> list[Finding]:
-    """What the machine lacks for a config whose plan takes ``host_bytes`` of host memory. ``report`` as collect_report
-    makes it of the SSD folders."""
+def findings(config: Config, host_bytes: int, report: Mapping[str, Any], ranks: int = 1) -> list[Finding]:
+    """What the machine lacks for a config whose plan takes ``host_bytes`` of host memory for each of ``ranks``.
+    ``report`` as collect_report makes it of the SSD folders."""
     found = []
     memory = report["memory"]
-    needed = host_bytes + PROCESS_BYTES + (0 if config.device.startswith("cuda") else config.tiers.device)
+    needed = ranks * (host_bytes + PROCESS_BYTES + (0 if config.device.startswith("cuda") else config.tiers.device))
     limits = {"available memory": memory["available_bytes"], "this control group's limit": memory["cgroup_limit_bytes"]}
     for name, limit in limits.items():
         if limit is not None and limit < needed:
@@ -54,7 +54,7 @@ def findings(config: Config, host_bytes: int, report: Mapping[str, Any]) -> list
                 )
             )
     if config.device.startswith("cuda"):
-        found += _gpu_findings(config, host_bytes, report)
+        found += _gpu_findings(config, ranks * host_bytes, report, ranks)
     for path in report["paths"] if config.tiers.ssd else ():
         if not path["o_direct"]:
             found.append(
@@ -75,7 +75,7 @@ def findings(config: Config, host_bytes: int, report: Mapping[str, Any]) -> list
     return found
 
 
-def _gpu_findings(config: Config, host_bytes: int, report: Mapping[str, Any]) -> list[Finding]:
+def _gpu_findings(config: Config, host_bytes: int, report: Mapping[str, Any], ranks: int) -> list[Finding]:
     gpu, locked = report["gpu"], report["memory"]["memlock_limit_bytes"]
     _, _, index = config.device.partition(":")
     found = []
@@ -83,6 +83,14 @@ def _gpu_findings(config: Config, host_bytes: int, report: Mapping[str, Any]) ->
         built = f"CUDA {gpu['cuda']}" if gpu["cuda"] else "no CUDA"
         found.append(
             Finding(f"device: {config.device}: torch sees no GPU (it is built with {built}). Look at nvidia-smi.", True)
+        )
+    elif ranks > 1 and (index or len(gpu["devices"]) < ranks):
+        found.append(
+            Finding(
+                f"device: {config.device}: {ranks} ranks want a GPU each, and this process sees {len(gpu['devices'])}. "
+                "Write device: cuda, and start as many ranks as there are GPUs.",
+                True,
+            )
         )
     elif index and int(index) >= len(gpu["devices"]):
         found.append(Finding(f"device: {config.device}: this process sees {len(gpu['devices'])} GPUs.", True))
@@ -100,6 +108,7 @@ def _gpu_findings(config: Config, host_bytes: int, report: Mapping[str, Any]) ->
 def launch(
     config: ConfigPath,
     set_: Overrides = None,
+    ranks: RankCount = 1,
     restarts: Annotated[
         int, typer.Option("--restarts", min=0, help="How often in a row to go on without a new commit in between.")
     ] = 3,
@@ -114,18 +123,18 @@ def launch(
     """Checks the machine, shows the plan, trains, and goes on from the last commit when the process dies."""
     console = Console()
     overrides = list(set_ or [])
-    loaded = load_config(config, overrides)
+    loaded = load_ranked(config, overrides, ranks)
     if loaded.run_dir is None:
         overrides.append(f"run_dir=runs/{time.strftime('%Y%m%d-%H%M%S')}")  # so that all its processes share it
         loaded = load_config(config, overrides)
-    bound = chosen_cores(cores, loaded.device)
-    _, plan = planned(loaded)
+    bound = chosen_cores(cores, loaded.device) if ranks == 1 or cores != "auto" else None
+    _, plan = planned(loaded, ranks=ranks)
     show_plan(plan, console)
     if bound is not None:
         console.print(f"bound to {len(bound)} cores: {_written(bound)}", highlight=False)
     with console.status("looking at this machine"):
         found = findings(
-            loaded, plan.host_frames * plan.page_bytes, collect_report([one.path for one in loaded.tiers.ssd])
+            loaded, plan.host_frames * plan.page_bytes, collect_report([one.path for one in loaded.tiers.ssd]), ranks
         )
     for one in found:
         kind = "error" if one.serious else "note"
@@ -136,7 +145,7 @@ def launch(
         return
     if bound is not None:
         os.sched_setaffinity(0, bound)  # which the training process inherits
-    raise typer.Exit(_supervise(config, overrides, loaded, restarts, console))
+    raise typer.Exit(_supervise(config, overrides, loaded, restarts, console, ranks))
 
 
 def chosen_cores(text: str, device: str) -> set[int] | None:
@@ -192,9 +201,14 @@ def _written(cores: set[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _supervise(path: Path, overrides: Sequence[str], config: Config, restarts: int, console: Console) -> int:
-    """Runs ``angelptm train --resume`` until it ends by itself; its exit code."""
+def _supervise(
+    path: Path, overrides: Sequence[str], config: Config, restarts: int, console: Console, ranks: int = 1
+) -> int:
+    """Runs ``angelptm train --resume`` until it ends by itself, under torchrun where there are several ranks; its exit
+    code."""
     command = [sys.executable, "-m", "angelptm.cli.main", "train", str(path), "--resume"]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     for override in overrides:
         command += ["--set", override]
     tries, newest, pause = 0, _newest_commit(config), _PAUSE_SECONDS

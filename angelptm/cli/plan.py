@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_format
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +16,13 @@ from angelptm.cli.train import ConfigPath, Overrides
 from angelptm.config import Config, load_config
 from angelptm.config.schema import Hardware
 from angelptm.errors import DataError
-from angelptm.memory import host_memory
+from angelptm.memory import RANKS_HERE, host_memory
 from angelptm.plan import (
+    Party,
     Plan,
     Prediction,
     Rates,
+    Share,
     Trace,
     choose,
     plan_from_trace,
@@ -33,9 +37,18 @@ if TYPE_CHECKING:
     from angelptm.foresight.outlook import Outlook, Target
 
 
+RankCount = Annotated[
+    int,
+    typer.Option(
+        "--ranks", min=1, help="Processes on this machine that train the model together, one for each GPU mostly."
+    ),
+]
+
+
 def plan(
     config: ConfigPath,
     set_: Overrides = None,
+    ranks: RankCount = 1,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     measure: Annotated[
         bool,
@@ -59,14 +72,24 @@ def plan(
     """Says how many bytes of each kind live on each tier, whether it fits, and how fast it will be.
 
     That takes a machine's rates: those of the config's hardware file, or of this machine with --measure or with
-    hardware: auto. Allocates nothing of the model."""
+    hardware: auto. Allocates nothing of the model. With --ranks the table is that of the first rank, whose share is the
+    largest; steps are foreseen for one rank alone."""
     from angelptm.train.resume import as_trained  # not above, as it imports torch
 
     if trace is not None and (measure or search or max_scale):
         raise typer.BadParameter("a step is foreseen from a machine's rates, or taken from a run's trace: not both")
     if search and max_scale:
         raise typer.BadParameter("--search or --max-scale: one at a time")
-    loaded = as_trained(load_config(config, set_ or []))
+    if ranks > 1 and (measure or search or max_scale or trace is not None):
+        raise typer.BadParameter("steps are foreseen for one rank: leave --ranks out")
+    loaded = as_trained(load_ranked(config, set_ or [], ranks))
+    if ranks > 1:
+        _, made = planned(loaded, ranks=ranks)
+        if json:
+            print(json_format.dumps(plan_summary(made)))
+        else:
+            show_plan(made, Console())
+        return
     if trace is not None:
         with Console(stderr=True).status("simulating steps"):
             made, prediction = _predict(loaded, trace)
@@ -199,9 +222,17 @@ def _max_scale(config: Config, hardware: Hardware | None, json: bool) -> None:
     print(_describe(found.outlook, found.plan, config, target))
 
 
-def planned(config: Config, hardware: Hardware | None = None) -> tuple[nn.Module, Plan]:
+def load_ranked(config: Path, overrides: Sequence[str], ranks: int) -> Config:
+    """The config as each of so many ranks on this machine would load it: sizes that are auto are their part of it."""
+    if ranks > 1:
+        os.environ[RANKS_HERE] = str(ranks)
+    return load_config(config, overrides)
+
+
+def planned(config: Config, hardware: Hardware | None = None, ranks: int = 1) -> tuple[nn.Module, Plan]:
     """The config's model without its values, and its plan, with the commits that training would make; for the machine
-    that ``hardware`` describes, or for this one. Raises CapacityError where a budget is too small."""
+    that ``hardware`` describes, or for this one. Of several ranks it is the first one's, whose share is the largest.
+    Raises CapacityError where a budget is too small."""
     from angelptm.engine.setup import buffer_bytes_of, lay_out, plan_of  # not above, as they import torch
     from angelptm.model.materialize import build_model
     from angelptm.train.resume import as_trained
@@ -209,7 +240,9 @@ def planned(config: Config, hardware: Hardware | None = None) -> tuple[nn.Module
     trained = as_trained(config)
     with Console(stderr=True).status("building the model without its values"):
         model = build_model(trained)
-    return model, plan_of(*lay_out(model, trained), trained, buffer_bytes_of(model), hardware)
+    shares = ranks if trained.distributed.shard in ("all", "node") else int(trained.distributed.shard)
+    party = Party(Share(0, min(ranks, shares)), ranks)
+    return model, plan_of(*lay_out(model, trained), trained, buffer_bytes_of(model), hardware, party)
 
 
 def _describe(outlook: Outlook, plan: Plan, config: Config, target: Target) -> str:

@@ -60,6 +60,8 @@ def train(
     result = run_training(
         load_config(config, set_ or []), ConsoleReporter(console), resume=resume is not None, resume_from=source
     )
+    if result.rank > 0:
+        return  # the first of several ranks tells
     show_result(result, console)
     if json:
         print(json_format.dumps(result.to_json()), flush=True)
@@ -83,7 +85,8 @@ def show_result(result: RunResult, console: Console) -> None:
     console.print(table)
     facts = {
         **({"training loss": f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}"} if result.losses else {}),
-        "speed": f"{result.tokens_per_s:,.0f} tokens/s, {sum(result.step_seconds):.1f} s in steps",
+        "speed": f"{result.tokens_per_s:,.0f} tokens/s, {sum(result.step_seconds):.1f} s in steps"
+        + (f", on {result.ranks} ranks; tiers and memory are those of the first" if result.ranks > 1 else ""),
         "memory": f"peak RSS {format_bytes(result.peak_rss_bytes)}, of it "
         f"{format_bytes(result.activation_bytes)} of activations kept for backward",
         **({"SSD writes": _endurance(result.endurance)} if result.endurance.get("written_bytes_per_step") else {}),

@@ -9,7 +9,7 @@ from typing import Any
 
 from angelptm.config.schema.hardware import Hardware
 from angelptm.config.schema.types import expected
-from angelptm.memory import gpu_memory_bytes, host_memory
+from angelptm.memory import gpu_memory_bytes, host_memory, ranks_here
 from angelptm.sizes import parse_bytes
 
 AUTO = "auto"
@@ -36,7 +36,7 @@ def sized(tiers: Mapping[str, Any], device: object, hardware: Hardware | None) -
     """``tiers`` with sizes for ``auto``, and with the hardware file's folders for ``ssd: auto``.
 
     The device gets a share of its own memory, on ``device: cpu`` of the host's; the host pool gets what is left of DRAM
-    when the process has some of it. Raises what ``expected`` makes.
+    when the process has some of it. Several ranks of a machine get equal parts of its DRAM. Raises what ``expected`` makes.
     """
     found = dict(tiers)
     if found.get("ssd") == AUTO:
@@ -89,7 +89,8 @@ def _bytes_of(size: Any) -> int:
 
 def _of_hardware(hardware: Hardware) -> Memory:
     assert hardware.host is not None
-    return Memory(hardware.host.memory, None, None if hardware.device is None else hardware.device.memory)
+    memory = None if hardware.device is None else hardware.device.memory
+    return Memory(hardware.host.memory // ranks_here(), None, memory)
 
 
 def _of_machine(device: object) -> Memory:
@@ -98,7 +99,8 @@ def _of_machine(device: object) -> Memory:
     if isinstance(device, str) and device.startswith("cuda"):
         _, _, index = device.partition(":")
         gpu = gpu_memory_bytes(int(index) if index.isdecimal() else 0)
-    return Memory(found.allowed_bytes, found.memlock_limit_bytes, gpu)
+    locked = found.memlock_limit_bytes
+    return Memory(found.allowed_bytes // ranks_here(), locked if locked is None else locked // ranks_here(), gpu)
 
 
 def hardware_path(value: object) -> Path | None:

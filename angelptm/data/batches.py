@@ -1,4 +1,5 @@
-"""Batches in a shuffled order that is a function of (seed, position) alone, so that a run resumes where it stopped."""
+"""Batches in a shuffled order that is a function of (seed, position) alone, so that a run resumes where it stopped, on
+as many ranks as before or on others."""
 
 from __future__ import annotations
 
@@ -21,6 +22,9 @@ class TokenBatches:
     Sample i is the i-th run of ``sequence_length`` tokens; an epoch is a permutation of all samples, computed and not
     stored; batch k takes the next ``micro_batch_size`` samples of the epochs strung together. A rest shorter than a
     sample is left out. With ``vocabulary_size``, a token beyond it is a DataError instead of an index error.
+
+    Of several ranks each takes its batch of those that come next, one for each rank: together they see what one rank
+    would, of batches as large as theirs together.
     """
 
     def __init__(
@@ -30,11 +34,14 @@ class TokenBatches:
         micro_batch_size: int,
         seed: int,
         vocabulary_size: int | None = None,
+        rank: int = 0,
+        rank_count: int = 1,
     ) -> None:
+        self.rank, self.rank_count = rank, rank_count
         self.tokens, self.sequence_length, self.micro_batch_size = tokens, sequence_length, micro_batch_size
         self.seed, self.vocabulary_size = seed, vocabulary_size
-        self.position = 0
-        """Index of the batch that comes next."""
+        self.samples = 0
+        """Samples that all ranks together have taken."""
         self.sample_count = len(tokens) // sequence_length
         if self.sample_count == 0:
             raise DataError(
@@ -48,34 +55,37 @@ class TokenBatches:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        batch = self.batch(self.position)
-        self.position += 1
+        batch = self._batch(self.samples + self.rank * self.micro_batch_size)
+        self.samples += self.rank_count * self.micro_batch_size
         return batch
 
     def batch(self, position: int) -> dict[str, torch.Tensor]:
-        """``input_ids`` and ``labels``, (micro_batch_size, sequence_length) int64 each; the model shifts the labels."""
-        first = position * self.micro_batch_size
+        """``input_ids`` and ``labels``, (micro_batch_size, sequence_length) int64 each; the model shifts the labels.
+        Any one of all batches, whichever rank's it is."""
+        return self._batch(position * self.micro_batch_size)
+
+    def _batch(self, first: int) -> dict[str, torch.Tensor]:
         rows = [self._sample(index) for index in range(first, first + self.micro_batch_size)]
         input_ids = torch.from_numpy(np.stack(rows))
         return {"input_ids": input_ids, "labels": input_ids.clone()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, **self._identity()}
+        return {"samples": self.samples, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at the saved position. Raises DataError if it belongs to another order of other data."""
+        """Continues after the samples that were taken, with batches of any size on any number of ranks: none comes
+        twice and none is left out. Raises DataError if the state belongs to another order of other data."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise DataError(
                     str(self.tokens.path), f"{name} {value}", f"{state.get(name)}, as when the state was saved"
                 )
-        self.position = int(state["position"])
+        self.samples = int(state["samples"])
 
     def _identity(self) -> dict[str, int]:
         return {
             "seed": self.seed,
             "sequence_length": self.sequence_length,
-            "micro_batch_size": self.micro_batch_size,
             "token_count": len(self.tokens),
         }
 

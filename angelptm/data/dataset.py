@@ -20,6 +20,8 @@ def open_dataset(
     cache_dir: Path | str,
     vocabulary_size: int | None = None,
     progress: Progress | None = None,
+    rank: int = 0,
+    rank_count: int = 1,
 ) -> tuple[TokenBatches, TokenBatches | None]:
     """(train, validation); validation is None if data.validation_fraction is 0 and the data brings none of its own.
 
@@ -29,7 +31,9 @@ def open_dataset(
     train, validation = _sources(data, Path(cache_dir), progress)
 
     def batches(tokens: TokenSource) -> TokenBatches:
-        return TokenBatches(tokens, data.sequence_length, data.micro_batch_size, seed, vocabulary_size)
+        return TokenBatches(
+            tokens, data.sequence_length, data.micro_batch_size, seed, vocabulary_size, rank, rank_count
+        )
 
     return batches(train), batches(validation) if validation is not None else None
 

@@ -88,7 +88,7 @@ class Engine:
     ) -> None:
         structure, layouts = lay_out(model, config)
         self.plan: Plan = self.ranks.together(
-            lambda: plan_of(structure, layouts, config, buffer_bytes_of(model), ranks=self.ranks), "planning"
+            lambda: plan_of(structure, layouts, config, buffer_bytes_of(model), party=self.ranks.party), "planning"
         )
         self._params: dict[str, tuple[int, ParamLayout]] = {
             param.name: (layout.index, param) for layout in layouts for param in layout.params

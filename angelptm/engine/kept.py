@@ -12,8 +12,8 @@ from pathlib import Path
 import angelptm_native as native
 
 from angelptm.checkpoint.disk import Disk
-from angelptm.checkpoint.folder import CheckpointFolder
-from angelptm.checkpoint.format import Manifest
+from angelptm.checkpoint.folder import COMMITS_NAME, CheckpointFolder
+from angelptm.checkpoint.format import Manifest, manifest_name
 from angelptm.checkpoint.slot_files import remove_slot_files
 from angelptm.errors import CheckpointError, RankError
 from angelptm.ranks import Ranks
@@ -201,7 +201,7 @@ class KeptCommits:
             held = self.retire() if alone else min(self._kept)
             if held is not None and (not alone or time.monotonic() > deadline):
                 raise CheckpointError(
-                    f"{self._durable.path}: commit of step {held}",
+                    str(self._durable.path / COMMITS_NAME / manifest_name(held)),
                     f"a commit that a reader has held for {self._deadline_seconds} s",
                     "one that can be retired, as its slots are needed",
                     "End what reads it, or raise checkpoint.keep.",

@@ -17,8 +17,7 @@ from angelptm.checkpoint.slot_files import slot_file_bytes
 from angelptm.config import Config
 from angelptm.config.schema import Hardware
 from angelptm.errors import AngelPTMError
-from angelptm.plan import Budgets, CommitBudget, Plan, SsdBudget, SweepBudget, make_plan
-from angelptm.ranks import Ranks
+from angelptm.plan import ALONE, Budgets, CommitBudget, Party, Plan, SsdBudget, SweepBudget, make_plan
 from angelptm.states.formats import FP32, MOMENT_COUNT, StateFormats
 from angelptm.states.layout import choose_page_elements
 from angelptm.units import ParamSpec, Structure, UnitLayout, find_structure, pack
@@ -122,18 +121,18 @@ def _free_bytes(folders: Sequence[Path], ranks_here: int) -> list[int]:
 
 
 def budgets_of(
-    config: Config, buffer_bytes: int = 0, hardware: Hardware | None = None, ranks: Ranks | None = None
+    config: Config, buffer_bytes: int = 0, hardware: Hardware | None = None, party: Party = ALONE
 ) -> Budgets:
     """The config's budgets, with the disks' free space as it is now: what the run's own slot files take already, which
     it will use again, counts as free. ``buffer_bytes``: of the model's buffers, which commits hold. ``hardware``: of
-    the machine that is planned for; its cores count, and its drives where they are not this machine's."""
-    ranks = ranks or Ranks()
-    commits = config.checkpoint.folder if ranks.commits_pages else None
+    the machine that is planned for; its cores count, and its drives where they are not this machine's. ``party``: which
+    of several ranks."""
+    commits = config.checkpoint.folder if party.commits else None
     # Without an SSD tier the slots of commits are beside their manifests.
     folders = [folder.path for folder in config.tiers.ssd] or ([commits] if commits is not None else [])
-    free = _free_bytes(folders, ranks.here)
+    free = _free_bytes(folders, party.here)
     if commits is not None:
-        free = [size + own // ranks.here for size, own in zip(free, slot_file_bytes(commits, folders))]
+        free = [size + own // party.here for size, own in zip(free, slot_file_bytes(commits, folders))]
     cores = len(os.sched_getaffinity(0))
     if hardware is not None:
         for index, one in enumerate(hardware.ssd[: len(free)]):
@@ -155,8 +154,8 @@ def budgets_of(
         queue_depth=config.io.queue_depth,
         states_on_device=config.device == "cpu",  # where the CPU updates them in place
         device_is_apart=config.device != "cpu",
-        cores=max(1, cores // ranks.here),
-        share=ranks.share,
+        cores=max(1, cores // party.here),
+        share=party.share,
         sweep=_sweep_budget(config),
         commits=None
         if commits is None
@@ -184,13 +183,14 @@ def plan_of(
     config: Config,
     buffer_bytes: int = 0,
     hardware: Hardware | None = None,
-    ranks: Ranks | None = None,
+    party: Party = ALONE,
 ) -> Plan:
-    """The plan of one of ``ranks``; raises CapacityError when something does not fit. See budgets_of for the rest."""
+    """The plan, of one of several ranks where there are some; raises CapacityError when something does not fit. See
+    budgets_of for the last three."""
     return make_plan(
         layouts,
         [(site.units, site.depth) for site in structure.sites],
-        budgets_of(config, buffer_bytes, hardware, ranks),
+        budgets_of(config, buffer_bytes, hardware, party),
         param_itemsize=ITEMSIZE[config.precision],
         grad_itemsize=ITEMSIZE[grad_precision(config)],
         moment_count=MOMENT_COUNT[config.optimizer.type],

@@ -20,11 +20,12 @@ from angelptm.plan.placing import make_plan
 from angelptm.plan.prediction import Prediction, Settings
 from angelptm.plan.rates import NOMINAL_RATES, ChannelRates, Rates, rates_for
 from angelptm.plan.schedule import CopyOut, Fetch, Schedule, Traffic, WriteBack
-from angelptm.plan.shares import Share
+from angelptm.plan.shares import ALONE, Party, Share
 from angelptm.plan.simulate import simulate
 from angelptm.plan.trace import GradientDone, Trace, Use, synthetic_trace
 
 __all__ = [
+    "ALONE",
     "NOMINAL_RATES",
     "PEER",
     "ArenaPlacement",
@@ -35,6 +36,7 @@ __all__ = [
     "Event",
     "Fetch",
     "GradientDone",
+    "Party",
     "Plan",
     "PlanFileError",
     "Prediction",

@@ -24,6 +24,19 @@ class Share:
 WHOLE = Share()
 
 
+@dataclass(frozen=True)
+class Party:
+    """Who shares what: ``share`` of the model's pages, and this machine's disks and cores with ``here`` ranks in all.
+    ``commits``: whether the pages are in commits, as those of one copy of the model are."""
+
+    share: Share = WHOLE
+    here: int = 1
+    commits: bool = True
+
+
+ALONE = Party()
+
+
 def owners_of(page_counts: Sequence[int], count: int) -> list[tuple[int, ...]]:
     """For each PARAM page of each unit the index of the rank that has it; ``page_counts`` are those of the units.
 

@@ -6,10 +6,12 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from angelptm.config import Config
 from angelptm.errors import ConfigError
+from angelptm.memory import RANKS_HERE, ranks_here
 from angelptm.plan import Share
 from angelptm.ranks.ranks import Groups, Ranks, timeout
 from angelptm.ranks.watch import Watch
@@ -32,7 +34,9 @@ def join(config: Config) -> Ranks:
     if count == 1:
         return Ranks()
     _refuse_what_is_not_there(config)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    here = min(count, ranks_here()) if RANKS_HERE in os.environ else count
+    if config.device == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     shares = _shares(config, count, here)
     on_gpu = config.device.startswith("cuda")
     device_backend = "nccl" if on_gpu else "gloo"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from angelptm.errors import AngelPTMError, RankError
-from angelptm.plan import Share
+from angelptm.plan import Party, Share
 from angelptm.ranks.watch import Watch
 
 _T = TypeVar("_T")
@@ -83,6 +83,10 @@ class Ranks:
         return self.index == 0
 
     @property
+    def party(self) -> Party:
+        return Party(self.share, self.here, self.commits_pages)
+
+    @property
     def commits_pages(self) -> bool:
         """Whether this rank's pages are in commits: those of one copy are."""
         return self.index < self.share.count
@@ -131,9 +135,17 @@ class Ranks:
 
     def mean(self, value: float, what: str) -> float:
         """The mean over all ranks, the same bits on each."""
+        return self.add(value, what) / self.count
+
+    def add(self, value: float, what: str) -> float:
+        """The sum over all ranks, the same bits on each."""
         if self.is_alone:
             return value
-        return sum(self.every(value, what)) / self.count
+        assert self.groups is not None
+        found = [torch.empty(1, dtype=torch.float64) for _ in range(self.count)]
+        with self.doing(what):
+            dist.all_gather(found, torch.tensor([value], dtype=torch.float64), group=self.groups.control)
+        return float(torch.cat(found).sum())
 
     def every(self, value: _T, what: str) -> list[_T]:
         """Each rank's value, of any kind that pickles, in order of rank."""

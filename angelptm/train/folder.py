@@ -8,7 +8,7 @@ import shutil
 from contextlib import suppress
 from errno import EIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from angelptm.checkpoint.disk import Disk
 from angelptm.config import Config
@@ -17,6 +17,53 @@ from io_engine import IoError
 
 RECORDED = ("timeline.json.gz", "trace.json", "rates.json", "schedule.json", "prediction.json")
 """What a run records of some of its steps, for `angelptm trace` and `angelptm plan --trace`."""
+
+
+class RunRecords(Protocol):
+    """Where a run's records go. See RunFolder."""
+
+    path: Path
+    kept: bool
+
+    @property
+    def tokens(self) -> Path: ...
+
+    def keep(self, config: Config, plan: dict[str, Any], resumed_step: int | None = None) -> list[dict[str, Any]]: ...
+
+    def record(self, metrics: dict[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def finish(self, result: dict[str, Any]) -> None: ...
+
+    def discard(self) -> None: ...
+
+
+class OtherRanksRecords:
+    """Of any rank but the first, whose run folder has what there is to tell: nothing but tokens is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.kept = path.absolute(), False
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens"
+
+    def keep(self, config: Config, plan: dict[str, Any], resumed_step: int | None = None) -> list[dict[str, Any]]:
+        del config, plan, resumed_step
+        return []
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """The first rank does."""
+
+    def sync(self) -> None:
+        """As above."""
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """As above."""
+
+    def discard(self) -> None:
+        """As above."""
 
 
 class RunFolder:

@@ -14,7 +14,8 @@ class RunResult:
     ``bytes`` holds ``read`` and ``written`` of each tier over all steps, evaluation not counted; ``peak_bytes`` the
     most that was in use of each tier, ``budget_bytes`` what was allowed. A resumed run's losses, times and bytes are
     those of all its parts, as the metrics have them; ``commit_seconds``: how long training stood still for each commit.
-    ``updates``: of this part, in the modes in which nothing waits for them (lagging.py).
+    ``updates``: of this part, in the modes in which nothing waits for them (lagging.py). Losses and tokens are those of
+    all ``ranks``; bytes and times those of this one.
     """
 
     model: str = ""
@@ -38,6 +39,8 @@ class RunResult:
     updates: dict[str, Any] = field(default_factory=dict)
     config_hash: str = ""
     run_dir: str = ""
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def tokens_per_s(self) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from angelptm.checkpoint.disk import Disk
 from angelptm.config import Config
@@ -20,11 +21,12 @@ from angelptm.errors import ConfigError
 from angelptm.memory import peak_rss_bytes
 from angelptm.model.materialize import build_model
 from angelptm.plan import plan_summary
+from angelptm.ranks import Ranks, join
 from angelptm.sizes import format_bytes
 from angelptm.train.endurance import drive_capacity_bytes, endurance
-from angelptm.train.folder import RunFolder
+from angelptm.train.folder import OtherRanksRecords, RunFolder, RunRecords
 from angelptm.train.lagging import Lagging
-from angelptm.train.progress import Reporter
+from angelptm.train.progress import ConsoleReporter, Reporter
 from angelptm.train.result import RunResult
 from angelptm.train.resume import choose_folders, go_on
 from angelptm.train.scalars import Scalars
@@ -32,6 +34,7 @@ from angelptm.train.schedule import make_scheduler
 from angelptm.train.stop import StopRequest, stop_on_signals
 
 _PROMPT_TOKENS = 48
+_RANK_SEEDS = 1_000_003
 _SETTLED_STEP = 5
 """Of a run: the first that follows the plan made from all traced steps, as its predecessor did."""
 
@@ -52,20 +55,50 @@ def train(
     when the config names no other ``run_dir``. Raises ConfigError, CapacityError, DataError or CheckpointError before
     anything is allocated, and leaves nothing behind then; NonFiniteError when the loss stops being a number.
     ``faults``, a native FaultPlan, and ``disk`` are for tests, as Engine has them.
+
+    Several ranks (torchrun) train together: the first one has the run folder and speaks, the others do their part.
     """
     _require_training(config)
-    config, source = choose_folders(config, resume, resume_from)
+    ranks = join(config)
+    try:
+        speaks = reporter if ranks.is_first else ConsoleReporter(Console(quiet=True))
+        return _train_as(ranks, config, speaks, resume, resume_from, faults, disk)
+    except BaseException as error:
+        ranks.leave(error)
+        raise
+
+
+def _train_as(
+    ranks: Ranks,
+    config: Config,
+    reporter: Reporter,
+    resume: bool,
+    resume_from: Path | None,
+    faults: Any,
+    disk: Disk | None,
+) -> RunResult:
+    def choose() -> tuple[Config, Path | None]:
+        return choose_folders(config, resume, resume_from) if ranks.is_first else (config, None)
+
+    config, source = ranks.of_first(ranks.together(choose, "choosing the run folder"), "the run folder")
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.training.seed)
     with reporter.working("building the model"):
         model = build_model(config)
     _require_fit(model, config)
-    plan_of(*lay_out(model, config), config, buffer_bytes_of(model))  # refuses here, before anything is touched
-    assert config.run_dir is not None
-    folder = RunFolder(config.run_dir, disk)
+    buffer_bytes = buffer_bytes_of(model)
+    # Refuses here, before anything is touched.
+    ranks.together(lambda: plan_of(*lay_out(model, config), config, buffer_bytes, party=ranks.party), "planning")
+    run_dir = config.run_dir
+    assert run_dir is not None
+    folder: RunRecords = ranks.together(
+        lambda: RunFolder(run_dir, disk) if ranks.is_first else OtherRanksRecords(run_dir), "opening the run folder"
+    )
+    if not ranks.is_first:
+        torch.manual_seed(config.training.seed + _RANK_SEEDS * ranks.index)  # dropout of its own
     try:
-        return _train(model, config, folder, source, reporter, faults, disk)
+        return _train(model, config, folder, source, reporter, faults, disk, ranks)
     except KeyboardInterrupt:
         reporter.end()
         reporter.say(f"stopped; what happened until then is in {folder.path}" if folder.kept else "stopped")
@@ -99,26 +132,38 @@ def _require_fit(model: Any, config: Config) -> None:
 def _train(
     model: Any,
     config: Config,
-    folder: RunFolder,
+    folder: RunRecords,
     source: Path | None,
     reporter: Reporter,
     faults: Any,
     disk: Disk | None,
+    ranks: Ranks,
 ) -> RunResult:
     with reporter.working("reading the data") as tick:
-        training, validation = open_dataset(
-            config.data, config.training.seed, folder.tokens, _vocabulary(model), progress=tick
-        )
-        training.batch(0)  # tokens that do not fit the model mostly show at once
+
+        def read() -> tuple[TokenBatches, TokenBatches | None]:
+            seed, vocabulary = config.training.seed, _vocabulary(model)
+            found = open_dataset(config.data, seed, folder.tokens, vocabulary, tick, ranks.index, ranks.count)
+            found[0].batch(0)  # tokens that do not fit the model mostly show at once
+            return found
+
+        # The first rank writes the tokens of text, and the others find them.
+        first = ranks.together(lambda: read() if ranks.is_first else None, "reading the data")
+        training, validation = ranks.together(lambda: first or read(), "reading the data")
     with reporter.working("filling the pages" if source is None else f"resuming from {source}"):
-        engine = Engine(model, config, resume=source, faults=faults, disk=disk)
+        engine = Engine(model, config, resume=source, faults=faults, disk=disk, ranks=ranks)
     result = RunResult(
         model=config.model.preset or str(getattr(model.config, "model_type", type(model).__name__)),
         parameters=sum(unit.layout.numel for unit in engine.plan.units),
-        tokens_per_step=config.data.sequence_length * config.data.micro_batch_size * config.gradient_accumulation_steps,
+        tokens_per_step=config.data.sequence_length
+        * config.data.micro_batch_size
+        * config.gradient_accumulation_steps
+        * ranks.count,
         budget_bytes=_budgets(engine),
         config_hash=config.hash,
         run_dir=str(folder.path),
+        rank=ranks.index,
+        ranks=ranks.count,
     )
     try:
         resumed = engine.resumed
@@ -132,13 +177,14 @@ def _train(
             if config.model.weights is not None:
                 reporter.say(f"weights from {config.model.weights}: the fp32 masters are formed from them")
             result.validation_loss_before = _evaluate(engine, validation, config, reporter)
-        with closing(Scalars(folder.path, result.tokens_per_step, former, result.resumed_from_step)) as scalars:
-            if resumed is None:
+        with _scalars(ranks, folder.path, result, former) as scalars:
+            if resumed is None and scalars is not None:
                 scalars.step({"step": 0, "validation_loss": result.validation_loss_before})
             with stop_on_signals(reporter.say, enabled=config.checkpoint.every > 0) as stop:
                 _steps(engine, training, validation, scheduler, config, folder, scalars, reporter, result, stop)
             result.validation_loss_after = _evaluate(engine, validation, config, reporter)
-            scalars.step({"step": config.training.steps, "validation_loss": result.validation_loss_after})
+            if scalars is not None:
+                scalars.step({"step": config.training.steps, "validation_loss": result.validation_loss_after})
         if config.training.sample_tokens and hasattr(model, "generate"):
             result.sample = _sample(engine, validation or training, config, reporter)
         result.peak_rss_bytes = peak_rss_bytes()
@@ -147,6 +193,14 @@ def _train(
     finally:
         engine.close()
     return result
+
+
+def _scalars(
+    ranks: Ranks, path: Path, result: RunResult, former: list[dict[str, Any]]
+) -> AbstractContextManager[Scalars | None]:
+    if not ranks.is_first:
+        return nullcontext()
+    return closing(Scalars(path, result.tokens_per_step, former, result.resumed_from_step))
 
 
 def _budgets(engine: Engine) -> dict[str, int]:
@@ -177,8 +231,8 @@ def _steps(
     validation: TokenBatches | None,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     config: Config,
-    folder: RunFolder,
-    scalars: Scalars,
+    folder: RunRecords,
+    scalars: Scalars | None,
     reporter: Reporter,
     result: RunResult,
     stop: StopRequest,
@@ -199,13 +253,15 @@ def _steps(
         stalled = _stalled_seconds(engine)
         loss = _micro_steps(engine, training, config.gradient_accumulation_steps)
         engine.step()
+        loss = engine.ranks.mean(loss, "the loss of all ranks")
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
         if step == config.training.steps:
             engine.drain()  # the last step's update belongs to its time
         seconds = time.perf_counter() - start
         if recording is not None and recording.done:
-            _save_recording(recording, folder, reporter)
+            if engine.ranks.is_first:
+                _save_recording(recording, folder, reporter)
             recording = None
         result.losses.append(loss)
         result.step_seconds.append(seconds)
@@ -217,7 +273,8 @@ def _steps(
         if lagging is not None:
             line["updates"] = lagging.step()
         folder.record(line)
-        scalars.step(line, _stalled_seconds(engine) - stalled)
+        if scalars is not None:
+            scalars.step(line, _stalled_seconds(engine) - stalled)
         if step % config.training.log_every == 0 or step == config.training.steps:
             reporter.step(step, loss, result.tokens_per_s, moved)
         if config.training.eval_every and step % config.training.eval_every == 0 and step < config.training.steps:
@@ -225,9 +282,11 @@ def _steps(
             held_out = _evaluate(engine, validation, config, reporter)
             evaluated = _sum(evaluated, _difference(engine.traffic(), mark))
             folder.record({"step": step, "validation_loss": held_out})
-            scalars.step({"step": step, "validation_loss": held_out})
+            if scalars is not None:
+                scalars.step({"step": step, "validation_loss": held_out})
         commit_seconds = 0.0
-        stopping = stop.asked  # once, as it may change meanwhile
+        # Once, as it may change meanwhile.
+        stopping = engine.ranks.any(stop.asked, "whether to stop")
         last = stopping or step == config.training.steps
         if config.checkpoint.every and (step % config.checkpoint.every == 0 or last):
             commit_seconds = _commit(engine, training, scheduler, folder, result)
@@ -257,7 +316,7 @@ def _recorded_steps(taken: int, config: Config) -> tuple[int, int]:
     return min(taken + _SETTLED_STEP, config.training.steps - count + 1), count
 
 
-def _save_recording(recording: Recording, folder: RunFolder, reporter: Reporter) -> None:
+def _save_recording(recording: Recording, folder: RunRecords, reporter: Reporter) -> None:
     try:
         recording.save_run(folder.path)
     except OSError as error:
@@ -279,7 +338,7 @@ def _commit(
     engine: Engine,
     training: TokenBatches,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    folder: RunFolder,
+    folder: RunRecords,
     result: RunResult,
 ) -> float:
     """Starts a commit; returns the seconds for which training stood still."""
@@ -315,10 +374,13 @@ def _evaluate(engine: Engine, validation: TokenBatches | None, config: Config, r
     count = min(config.training.eval_batches, max(1, validation.sample_count // config.data.micro_batch_size))
     engine.drain()  # where nothing waits for updates, the parameters have all gradients so far
     engine.module.eval()
-    total = 0.0
+    total, ranks = 0.0, engine.ranks
     with torch.no_grad():
-        for index in range(count):
-            total += float(engine(**validation.batch(index)).loss)
+        for first in range(0, count, ranks.count):  # as many on each rank, as they gather parameters together
+            index = first + ranks.index
+            loss = float(engine(**validation.batch(index % count)).loss)
+            total += loss if index < count else 0.0
+    total = ranks.add(total, "the validation loss")
     engine.module.train()
     reporter.say(f"validation loss {total / count:.4f} over {count} batches")
     return total / count

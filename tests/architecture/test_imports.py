@@ -40,7 +40,7 @@ LAYERS: dict[str, str] = {
     "angelptm.data": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.config",
     "angelptm.model": "angelptm.errors angelptm.foreign angelptm.sizes angelptm.heap angelptm.config angelptm.units "
     "angelptm.model.presets",
-    "angelptm.ranks": "angelptm.errors angelptm.config angelptm.plan",
+    "angelptm.ranks": "angelptm.errors angelptm.memory angelptm.config angelptm.plan",
     "angelptm.engine": "angelptm.version angelptm.errors angelptm.sizes angelptm.config "
     "angelptm.checkpoint angelptm.units angelptm.states.formats angelptm.states.layout angelptm.states.codec "
     "angelptm.plan angelptm.kernels angelptm.timeline angelptm.pages angelptm.device angelptm.ranks angelptm.model "
@@ -48,7 +48,8 @@ LAYERS: dict[str, str] = {
     "angelptm.foresight": "angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.units "
     "angelptm.states.formats angelptm.plan angelptm.device angelptm.model angelptm.engine angelptm_native",
     "angelptm.train": "angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.checkpoint "
-    "angelptm.units angelptm.plan angelptm.data angelptm.model angelptm.timeline angelptm.engine io_engine",
+    "angelptm.units angelptm.plan angelptm.ranks angelptm.data angelptm.model angelptm.timeline angelptm.engine "
+    "io_engine",
     # The public names.
     "angelptm": "angelptm.version angelptm.errors angelptm.config angelptm.engine angelptm.model.materialize",
     "angelptm.cli": "angelptm angelptm.errors angelptm.sizes angelptm.memory angelptm.config angelptm.checkpoint "

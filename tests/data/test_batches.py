@@ -71,7 +71,22 @@ def test_order_resumes_in_the_middle_of_an_epoch(tokens: TokenFile) -> None:
     assert torch.equal(second.batch(2)["input_ids"], expected[2]), "any batch is computable from its position"
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"sequence_length": 11}, {"micro_batch_size": 2}])
+def test_ranks_share_the_samples_and_any_number_goes_on(tokens: TokenFile) -> None:
+    def rows(batch: dict[str, torch.Tensor]) -> list[Any]:
+        return [tuple(row) for row in batch["input_ids"].tolist()]
+
+    alone = TokenBatches(tokens, 10, 1, seed=3)
+    expected = [row for _ in range(36) for row in rows(next(alone))]
+    ranks = [TokenBatches(tokens, 10, 2, seed=3, rank=rank, rank_count=3) for rank in range(3)]
+    found = [row for _ in range(4) for one in ranks for row in rows(next(one))]
+    assert found == expected[:24]
+    others = [TokenBatches(tokens, 10, 3, seed=3, rank=rank, rank_count=2) for rank in range(2)]
+    for one in others:
+        one.load_state_dict(ranks[1].state_dict())
+    assert [row for _ in range(2) for one in others for row in rows(next(one))] == expected[24:]
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"sequence_length": 11}])
 def test_state_of_another_order_is_refused(tokens: TokenFile, change: dict[str, Any]) -> None:
     shape: dict[str, Any] = {"sequence_length": 10, "micro_batch_size": 7, "seed": 3}
     state = TokenBatches(tokens, **shape).state_dict()
@@ -83,7 +98,7 @@ def test_token_beyond_the_vocabulary_is_a_data_error(tokens: TokenFile, tmp_path
     batches = TokenBatches(tokens, 10, 100, seed=0, vocabulary_size=500)
     with pytest.raises(DataError, match="tokens from 0 to 499"):
         next(batches)
-    assert batches.position == 0
+    assert batches.samples == 0
     np.full(100, -1, "<i4").tofile(tmp_path / "n.bin")
     with pytest.raises(DataError, match="token -1"):
         next(TokenBatches(TokenFile(tmp_path / "n.bin", "int32"), 10, 2, seed=0))

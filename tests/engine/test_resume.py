@@ -239,7 +239,7 @@ def test_position_in_the_data_comes_back(tmp_path: Path) -> None:
 
     engine, data = Engine(PLAIN.model(), config), batches()
     folder, client = engine.load_checkpoint(data=data)
-    assert (folder, data.position) == (tmp_path / "run", 2)
+    assert (folder, data.samples) == (tmp_path / "run", 4)
     assert client == {"best": float("inf"), "names": ["a"], "by_step": {2: 0.5}}
     assert torch.equal(torch.stack([train_step(engine, [next(data)])[0] for _ in range(3)]), torch.stack(expected))
     engine.close()

@@ -42,7 +42,6 @@ def test_as_many_ranks_go_on_bit_by_bit(tmp_path: Path, placement: str) -> None:
     assert len(list(tmp_path.glob("**/*.pages"))) == 2, "a slot file of each rank, and none of those before"
 
 
-
 def in_folder(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"folder": folder})})
 

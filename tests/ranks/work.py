@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,3 +116,31 @@ def train_and_commit(
     if dist.is_initialized():
         dist.destroy_process_group()
     return Trained(losses, [], values, {}, {}, {}, resumed)
+
+
+def train_until_something_happens(name: str, config: Config, what: str, folder: str) -> str:
+    """Trains; rank 1 does ``what`` in its sixth step. Returns the error that this rank ends with."""
+    known_rates()
+    family = next(one for one in FAMILIES if one.name == name)
+    engine = Engine(family.model(), config)
+    rank, count = engine.ranks.index, engine.ranks.count
+    try:
+        for step in range(12):
+            loss = loss_of(engine(**part_of(global_batch(family, step * 2, 2), rank, count)))
+            if step == 5 and rank == 1:
+                Path(folder, "there").write_text(str(os.getpid()))
+                if what == "raise":
+                    raise ValueError("something of its own")
+                if what == "sleep":
+                    time.sleep(30)
+                if what in ("kill", "stop"):
+                    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
+            engine.backward(loss)
+            engine.step()
+    except Exception as error:
+        engine.ranks.leave(error)
+        began = time.monotonic()
+        with contextlib.suppress(Exception):
+            engine.close()
+        return f"{type(error).__name__}: {error} / {time.monotonic() - began:.1f}"
+    return "no error"
