@@ -36,7 +36,8 @@ def sized(tiers: Mapping[str, Any], device: object, hardware: Hardware | None) -
     """``tiers`` with sizes for ``auto``, and with the hardware file's folders for ``ssd: auto``.
 
     The device gets a share of its own memory, on ``device: cpu`` of the host's; the host pool gets what is left of DRAM
-    when the process has some of it. Several ranks of a machine get equal parts of its DRAM. Raises what ``expected`` makes.
+    when the process has some of it. Several ranks of a machine get equal parts of its DRAM. Raises what ``expected``
+    makes.
     """
     found = dict(tiers)
     if found.get("ssd") == AUTO:

@@ -16,6 +16,7 @@ from typing import Any
 
 from angelptm.errors import RankError
 
+_ENDED = "the end of its part"
 _BEAT_SECONDS = 0.5
 _SILENT_SECONDS = 3.0
 """A rank that tells nothing for so long has ended, or its machine cannot be reached."""
@@ -24,13 +25,15 @@ _SILENT_SECONDS = 3.0
 @dataclass
 class Place:
     """What a rank tells. ``beats`` counts up; ``operation`` is the number of waits so far, ``what`` the one it is in or
-    was in last; ``error`` what it ended with."""
+    was in last; ``error`` what it ended with, ``blames`` whom it found to blame, and ``why``."""
 
     beats: int = 0
     operation: int = 0
     what: str = "starting"
     waiting: bool = False
     error: str = ""
+    blames: int | None = None
+    why: str = ""
     host: str = ""
     pid: int = 0
 
@@ -81,7 +84,7 @@ class Watch:
                 sys.excepthook = self._former_hook
             self._thread.join(_SILENT_SECONDS)
             with self._lock:
-                self._place.what, self._place.waiting = "ended", False
+                self._place.what, self._place.waiting = _ENDED, False
             self._tell()
 
     def _beat(self) -> None:
@@ -122,6 +125,9 @@ class Watch:
                 "from its last commit.",
             )
         blamed, why = self._blame(before, after)
+        with self._lock:
+            self._place.blames, self._place.why = blamed, why
+        self._tell()
         text = f"rank {self._index} of {self._count}, at {what}: {why} ({reason})."
         return RankError(blamed, what, f"{text} Start the run again; it goes on from its last commit.")
 
@@ -134,17 +140,24 @@ class Watch:
         first = [rank for rank, place in after.items() if place.error and not place.error.startswith("RankError")]
         if first:
             return first[0], f"{named(first[0])} ended with {after[first[0]].error}"
-        if never := [rank for rank in range(self._count) if rank != self._index and rank not in after]:
-            return never[0], f"rank {never[0]} never came"
-        ended = [rank for rank, place in after.items() if place.what == "ended"]
-        if ended:
-            return ended[0], f"{named(ended[0])} ended before"
-        silent = [r for r, place in after.items() if place.beats == before.get(r, Place()).beats and not place.error]
+        ended = [rank for rank, place in after.items() if place.error or place.what == _ENDED]
+        silent = [
+            rank
+            for rank, place in after.items()
+            if place.beats == before.get(rank, Place()).beats and rank not in ended
+        ]
         if silent:
             return silent[0], (
                 f"{named(silent[0])} tells nothing any more: it died, was stopped, or cannot be reached; it was at "
                 f"{after[silent[0]].what}"
             )
+        if never := [rank for rank in range(self._count) if rank != self._index and rank not in after]:
+            return never[0], f"rank {never[0]} never came"
+        for place in after.values():
+            if place.why and place.blames != self._index:
+                return place.blames, place.why  # it has found out before it ended
+        if ended:
+            return ended[0], f"{named(ended[0])} ended before"
         if not after:
             return None, "no other rank is known"
         slow = min(after, key=lambda rank: after[rank].operation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import time
 from pathlib import Path
@@ -29,8 +30,6 @@ DEADLINE = 8
     ],
 )
 def test_others_end_in_time_and_name_it(tmp_path: Path, what: str, said: str) -> None:
-    import re
-
     keys = {"distributed": {"deadline_seconds": DEADLINE}}
     config = tight_config(GPT2.model(), tmp_path, **keys)
     folder = tmp_path / "ranks"

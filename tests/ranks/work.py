@@ -126,7 +126,7 @@ def train_until_something_happens(name: str, config: Config, what: str, folder: 
     rank, count = engine.ranks.index, engine.ranks.count
     try:
         for step in range(12):
-            loss = loss_of(engine(**part_of(global_batch(family, step * 2, 2), rank, count)))
+            loss = loss_of(engine(**part_of(global_batch(family, step * 3, 3), rank, count)))
             if step == 5 and rank == 1:
                 Path(folder, "there").write_text(str(os.getpid()))
                 if what == "raise":
