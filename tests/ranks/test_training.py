@@ -41,3 +41,34 @@ def test_losses_are_those_of_one_rank(tmp_path: Path, name: str) -> None:
                 assert torch.equal(value, found[count][0].values[key]), key
             for tier, size in trained.peak_bytes.items():
                 assert size <= trained.planned_bytes[tier], tier
+
+
+@pytest.mark.parametrize(("shard", "copies"), [(2, 2), (1, 4)])
+def test_copies_of_the_model_stay_alike(tmp_path: Path, shard: int, copies: int) -> None:
+    """Sharded among some ranks and copied among the others, with clipping and accumulation."""
+    keys: dict[str, Any] = {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2}
+    alone = both(tmp_path, "gpt2", [1], **keys)[1][0]
+    found = both(tmp_path, "gpt2", [shard * copies], distributed={"shard": shard}, **keys)[shard * copies]
+    for trained in found:
+        assert_alike(alone, trained)
+        assert trained.losses == found[0].losses
+        assert trained.norms == found[0].norms
+        for one, other in zip(trained.norms, alone.norms):
+            assert one is not None
+            assert other is not None
+            assert abs(one - other) <= 1e-5 * other
+        for key, value in trained.values.items():
+            assert torch.equal(value, found[0].values[key]), key
+
+
+def test_each_rank_has_its_part(tmp_path: Path) -> None:
+    homes = dict.fromkeys(("param", "grad", "states"), "host")
+    found = both(tmp_path, "plain", [1, 4], placement=homes, optimizer={"lr": 1e-4})
+    whole, parts = found[1][0], found[4]
+    for part in parts:
+        assert_alike(whole, part)
+        for kind, tiers in part.kind_bytes.items():
+            pages = -(-whole.kind_bytes[kind]["host"] // 2**16)
+            assert tiers["host"] <= (-(-pages // 4) + 1) * 2**16, kind
+    for kind, tiers in whole.kind_bytes.items():
+        assert sum(part.kind_bytes[kind]["host"] for part in parts) == tiers["host"], kind
