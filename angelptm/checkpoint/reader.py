@@ -85,9 +85,9 @@ class CommitReader:
         self._buffers: list[AlignedBuffer] = []
         self._zeros: Bytes | None = None
         self.paths, self._missing = _find_files(manifest, folders)
+        """Path of each slot file by its index in the header; files that hold no page of this commit are left out."""
         if needs_all_files and self._missing:
             raise self._missing[min(self._missing)]
-        """Path of each slot file by its index in the header; files that hold no page of this commit are left out."""
         self._slots = {file: index for index, file in enumerate(self.paths)}  # file of the header → file of the engine
         files = [_open(path) for path in self.paths.values()]
         self._engine = io_engine.open(files, depth=depth)

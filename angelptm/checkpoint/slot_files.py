@@ -6,12 +6,14 @@ interrupted run has left on the drives is known and reclaimed, and nothing else 
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from angelptm.checkpoint.disk import Disk
 from angelptm.checkpoint.folder import STORES_NAME, CheckpointFolder
+from io_engine.errors import IoError
 
 _NAME = re.compile(r"angelptm-([0-9a-f]{32})-(\d{1,4})\.pages")
 
@@ -43,11 +45,15 @@ def slot_file_bytes(checkpoint_folder: Path, folders: Sequence[Path]) -> list[in
     ]
 
 
-def remove_slot_files(store_id: str, folders: Sequence[Path], disk: Disk) -> list[Path]:
-    """Removes a set's files from the folders; returns what was removed."""
+def remove_slot_files(store_id: str, folders: Sequence[Path], disk: Disk, *, beside_others: bool = False) -> list[Path]:
+    """Removes a set's files from the folders; returns what is gone. ``beside_others``: they may be faster."""
     removed = []
     for folder in dict.fromkeys(folders):
         for path in slot_files_in(folder, store_id):
-            disk.remove(path)
+            try:
+                disk.remove(path)
+            except IoError as error:
+                if not beside_others or error.errno != errno.ENOENT:
+                    raise
             removed.append(path)
     return removed

@@ -28,7 +28,9 @@ from angelptm.plan import (
     plan_from_trace,
     plan_rows,
     plan_summary,
+    shares_of,
 )
+from angelptm.plan.shares import WHOLE
 from angelptm.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -240,8 +242,7 @@ def planned(config: Config, hardware: Hardware | None = None, ranks: int = 1) ->
     trained = as_trained(config)
     with Console(stderr=True).status("building the model without its values"):
         model = build_model(trained)
-    shares = ranks if trained.distributed.shard in ("all", "node") else int(trained.distributed.shard)
-    party = Party(Share(0, min(ranks, shares)), ranks)
+    party = Party(Share(0, shares_of(trained.distributed.shard, ranks, ranks)) if ranks > 1 else WHOLE, ranks)
     return model, plan_of(*lay_out(model, trained), trained, buffer_bytes_of(model), hardware, party)
 
 

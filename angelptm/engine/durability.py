@@ -104,7 +104,6 @@ class Durability:
         records, content = buffer_space(persistent_buffers(self._module))
         header = make_header(
             plan=self._parts.plan,
-            device=self._parts.device,
             module=self._module,
             store_id=commits.durable.store_id,
             files=[file for files, _ in told for file in files],
@@ -116,7 +115,7 @@ class Durability:
             steps_of=self._progress.steps_of,
             buffers=records,
             buffer_bytes=len(content),
-            rank_rng=() if ranks.is_alone else [generators for _, generators in told],
+            rng=[generators for _, generators in told],
             scheduler=state_of(scheduler),
             data=state_of(data),
             client=state_of(client_state),

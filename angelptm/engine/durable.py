@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from angelptm.errors import CheckpointError
 from angelptm.pages import SlotFiles
 from angelptm.plan import Plan
 from angelptm.ranks import Ranks
-from io_engine import IoError
 
 
 def open_durable(
@@ -50,7 +48,11 @@ def open_durable(
     try:
         found = ranks.of_first(ranks.together(look, "opening the checkpoint folder"), "the commits that are there")
         folders = tuple(dict.fromkeys([path, *ssd_folders]))
-        removed = ranks.every([_remove(one, folders, disk) for one in found.dead], "removing what a run has left")
+        shared = not ranks.is_alone
+        removed = ranks.every(
+            [bool(remove_slot_files(one, folders, disk, beside_others=shared)) for one in found.dead],
+            "removing what a run has left",
+        )
         for index, store_id in enumerate(found.dead):
             if folder is not None and any(of_rank[index] for of_rank in removed):
                 folder.forget_store_id(store_id)  # else they are in a folder that the config does not name now
@@ -111,16 +113,6 @@ class _Found:
     dead: list[str]
 
 
-def _remove(store_id: str, folders: Sequence[Path], disk: Disk) -> bool:
-    """Removes slot files that are nobody's, beside other ranks that do so; says whether there were any."""
-    try:
-        return bool(remove_slot_files(store_id, folders, disk))
-    except IoError as error:
-        if error.errno == errno.ENOENT:
-            return True  # another rank was faster
-        raise
-
-
 def _reusable(
     commits: dict[int, _Commit], plan: Plan, first_file: int, total: int
 ) -> tuple[str, tuple[int, ...]] | None:
@@ -156,6 +148,6 @@ def _reusable(
 def remove_new_slot_files(durable: Durable) -> None:
     """Removes the slot files of a set that no commit names yet: of a run that could not begin."""
     if all(store_id != durable.store_id for store_id, _ in durable.kept.values()):
-        _remove(durable.store_id, durable.folders, durable.disk)
+        remove_slot_files(durable.store_id, durable.folders, durable.disk, beside_others=not durable.ranks.is_alone)
         if durable.folder is not None:
             durable.folder.forget_store_id(durable.store_id)

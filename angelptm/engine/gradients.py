@@ -103,24 +103,27 @@ class Gradients:
             self._readout = ReadOut(device, device.copies_out, frames, self._mover.address, deadline_seconds)
         self._ranks = ranks
         self._reducer: Reducer | None = None
-        if not ranks.is_alone:
-            self._reducer = Reducer(
-                ranks, _leaf_shapes(plan), device.torch_device, torch.float32, lambda *leaf: self._for_others(*leaf)
-            )
-        self._for_others: Callable[[int, int], Callable[[torch.Tensor], None]]
+        self._own_elements = {
+            param.name: _elements_of(plan, unit.layout.index, param)
+            for unit in plan.units
+            for param in unit.layout.params
+            if param.trainable
+        }
 
-    def reduce_for_others(self, callbacks: Callable[[int, int], tuple[_Callback, _Callback]]) -> None:
-        """``callbacks`` makes ``before`` and ``done`` of accumulate for a unit's leaf that other ranks alone have a
-        gradient of."""
+    def reduce(self, callbacks: Callable[[int, int, ParamLayout], tuple[_Callback, _Callback]]) -> None:
+        """To be called first: where there are other ranks, their gradients are added to this one's from here on.
+        ``callbacks`` makes ``before`` and ``done`` of accumulate for a unit's leaf of which they alone have one."""
+        if self._ranks.is_alone:
+            return
 
-        def then(unit: int, leaf: int) -> Callable[[torch.Tensor], None]:
+        def for_others(unit: int, leaf: int) -> Callable[[torch.Tensor], None]:
             param = leaves_of(self._plan.units[unit].layout)[leaf]
-            before, done = callbacks(unit, leaf)
+            before, done = callbacks(unit, leaf, param)
             self._under_way[param.name] += 1
             return lambda gradient: self._reduced(unit, param, gradient, before, done)
 
-        if self._reducer is not None:
-            self._for_others = then
+        shapes, device = _leaf_shapes(self._plan), self._device.torch_device
+        self._reducer = Reducer(self._ranks, shapes, device, torch.float32, for_others)
 
     def accumulate(
         self, unit: int, leaf: int, param: ParamLayout, gradient: torch.Tensor, *, before: _Callback, done: _Callback
@@ -190,12 +193,9 @@ class Gradients:
         if self._readout is not None:
             self._readout.wait()
 
-    def own_elements(self, unit: int, param: ParamLayout) -> int:
+    def own_elements(self, param: ParamLayout) -> int:
         """Of a trainable parameter: those of which this rank has the gradient."""
-        if self._reducer is None:
-            return param.numel
-        own = self._ranks.share.index
-        return sum(end - start for start, end, owner in self._plan.pieces_of(unit, param) if owner == own)
+        return self._own_elements[param.name]
 
     def _pieces_of(self, param: ParamLayout, itemsize: int) -> list[_Piece]:
         """A parameter's elements by page, and no more at once than a frame holds. Each piece but the first begins with
@@ -363,6 +363,11 @@ class Gradients:
     def passed(self) -> None:
         """After a step: the finiteness of what comes next is unknown again."""
         self._finite = True
+
+
+def _elements_of(plan: Plan, unit: int, param: ParamLayout) -> int:
+    """How many of a parameter's elements this rank has."""
+    return sum(end - start for start, end, owner in plan.pieces_of(unit, param) if owner == plan.share.index)
 
 
 def _leaf_shapes(plan: Plan) -> dict[tuple[int, int], LeafShape]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from angelptm.checkpoint.format import Manifest, manifest_name
 from angelptm.checkpoint.slot_files import remove_slot_files
 from angelptm.errors import CheckpointError, RankError
 from angelptm.ranks import Ranks
-from io_engine import IoError
 
 _log = logging.getLogger("angelptm")
 
@@ -196,10 +194,16 @@ class KeptCommits:
         deadline = time.monotonic() + self._deadline_seconds
         while len(self._kept) > self._keep and self._store.slot_free_count < needed:
             self._replaces_left = True  # a later commit that the run has left keeps slots that it needs now
-            # Other ranks may have room: what takes all of them is for the next commit.
-            alone = self._durable.ranks.is_alone
-            held = self.retire() if alone else min(self._kept)
-            if held is not None and (not alone or time.monotonic() > deadline):
+            if not self._durable.ranks.is_alone:
+                # To retire takes all ranks, and others may have room: they do it with the next commit.
+                raise CheckpointError(
+                    str(self._durable.path),
+                    f"{self._store.slot_free_count} free slots, as commits are kept that could not be retired",
+                    f"{needed} slots for what is written now",
+                    "End what reads these commits, or raise checkpoint.keep, and go on from the last one.",
+                )
+            held = self.retire()
+            if held is not None and time.monotonic() > deadline:
                 raise CheckpointError(
                     str(self._durable.path / COMMITS_NAME / manifest_name(held)),
                     f"a commit that a reader has held for {self._deadline_seconds} s",
@@ -215,17 +219,19 @@ class KeptCommits:
         last = all(other.store_id != kept.store_id for other in self._kept.values())
         if not last:
             return
-        if not self._durable.ranks.is_first:
-            with suppress(IoError):  # the first rank may have been faster
-                remove_slot_files(kept.store_id, self._durable.folders, self._durable.disk)
-        elif remove_slot_files(kept.store_id, self._durable.folders, self._durable.disk):
-            self._durable.owned_folder.forget_store_id(kept.store_id)
+        durable = self._durable
+        shared = not durable.ranks.is_alone
+        removed = remove_slot_files(kept.store_id, durable.folders, durable.disk, beside_others=shared)
+        if not durable.ranks.is_first:
+            return
+        if removed:
+            durable.owned_folder.forget_store_id(kept.store_id)
         else:  # The id stays known.
             _log.warning(
                 "the slot files of retired commits (angelptm-%s-*) are in no folder that tiers.ssd names now: "
                 "`angelptm checkpoint gc %s --ssd FOLDER` removes them",
                 kept.store_id,
-                self._durable.path,
+                durable.path,
             )
 
 

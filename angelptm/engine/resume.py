@@ -51,23 +51,23 @@ def open_commit(
     """
     with ExitStack() as last:
 
-        def find() -> tuple[Path, bytes] | None:
+        def find() -> tuple[Path, bool, Manifest] | None:
             if not ranks.is_first:
                 return None
             folder_path = locate(path)
-            if own is not None and folder_path.resolve() == own.folder.resolve():
+            mine = own is not None and folder_path.resolve() == own.folder.resolve()
+            if mine and own is not None:
                 folder = own.durable.owned_folder
             else:
                 folder = last.enter_context(CheckpointFolder.read(folder_path))
-            manifest = last.enter_context(folder.hold(choose_step(folder, step)))
-            return folder_path, manifest.encode()
+            return folder_path, mine, last.enter_context(folder.hold(choose_step(folder, step)))
 
+        # Ranks of one run trust each other: what the first one has checked is sent as it is.
         found = ranks.of_first(ranks.together(find, "finding a commit"), "the commit to go on from")
         assert found is not None, "of the first rank"
-        folder_path, content = found
-        manifest = Manifest.decode(content, str(folder_path))
+        folder_path, mine, manifest = found
         own_files = range(0)
-        if own is not None and manifest.header.store_id == own.durable.store_id:
+        if mine and own is not None and manifest.header.store_id == own.durable.store_id:
             first = own.durable.first_file
             own_files = range(first, first + len(own.durable.files))
         with CommitReader(manifest, [folder_path, *ssd_folders], needs_all_files=ranks.is_alone) as reader:

@@ -48,7 +48,6 @@ def state_of(what: Stateful | Mapping[str, Any] | None) -> dict[str, Any] | None
 def make_header(
     *,
     plan: Plan,
-    device: Device,
     module: nn.Module,
     store_id: str,
     files: Sequence[tuple[str, int]],
@@ -60,13 +59,13 @@ def make_header(
     steps_of: Mapping[str, int],
     buffers: Sequence[BufferRecord],
     buffer_bytes: int,
-    rank_rng: Sequence[RngRecord],
+    rng: Sequence[RngRecord],
     scheduler: dict[str, Any] | None,
     data: dict[str, Any] | None,
     client: dict[str, Any] | None,
 ) -> Header:
     """The header of a commit of the state as it is now. ``param_groups`` are torch's, of parked parameters;
-    ``rank_rng`` the generators of every rank, where there are several. Raises AngelPTMError for values that JSON cannot
+    ``rng`` the generators of every rank. Raises AngelPTMError for values that JSON cannot
     hold."""
     try:
         return Header(
@@ -93,8 +92,8 @@ def make_header(
                 ),
             ),
             scheduler=to_json(scheduler),
-            rng=generator_states(device),
-            rank_rng=tuple(rank_rng),
+            rng=rng[0],
+            rank_rng=tuple(rng) if len(rng) > 1 else (),
             data=to_json(data),
             model=_model_config(module),
             client=to_json(client),

@@ -23,7 +23,7 @@ from angelptm.engine.updates import Updates
 from angelptm.errors import AngelPTMError, NonFiniteError
 from angelptm.plan import Plan
 from angelptm.ranks import Ranks
-from angelptm.units import ParamLayout, leaves_of
+from angelptm.units import ParamLayout
 
 _REMEDY = "Set execution.updates: forward, which updates nothing before step()."
 
@@ -65,7 +65,7 @@ class Stepping:
         self._updates = updates
         self._swept = swept
         self._ranks = ranks
-        gradients.reduce_for_others(self._callbacks)
+        gradients.reduce(self._callbacks)
         self._residency = residency
         self._commits = commits
         self._optimizer = optimizer
@@ -120,16 +120,15 @@ class Stepping:
         """A leaf's gradient is complete, or will be when the device has computed it."""
         self._require_not_submitted(unit, param)
         self._residency.gradient_came(unit)
-        before, done = self._callbacks(unit, leaf)
+        before, done = self._callbacks(unit, leaf, param)
         self._seconds_copied = self._gradients.copy_seconds
         self._gradients.accumulate(unit, leaf, param, gradient, before=before, done=done)
         if self._is_tracing():
             self._gradients.look()  # a trace has each gradient where it came
 
-    def _callbacks(self, unit: int, leaf: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    def _callbacks(self, unit: int, leaf: int, param: ParamLayout) -> tuple[Callable[[], None], Callable[[], None]]:
         """Of a leaf's gradient: before its pages change, and when they have it."""
-        param = leaves_of(self._leaves[unit].layout)[leaf]
-        size = self._gradients.own_elements(unit, param) * self._leaves[unit].itemsize
+        size = self._gradients.own_elements(param) * self._leaves[unit].itemsize
         return partial(self._prepare, unit, param), partial(self._taken, unit, leaf, size)
 
     def _taken(self, unit: int, leaf: int, size: int) -> None:

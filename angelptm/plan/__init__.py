@@ -20,7 +20,7 @@ from angelptm.plan.placing import make_plan
 from angelptm.plan.prediction import Prediction, Settings
 from angelptm.plan.rates import NOMINAL_RATES, ChannelRates, Rates, rates_for
 from angelptm.plan.schedule import CopyOut, Fetch, Schedule, Traffic, WriteBack
-from angelptm.plan.shares import ALONE, Party, Share
+from angelptm.plan.shares import ALONE, Party, Share, shares_of
 from angelptm.plan.simulate import simulate
 from angelptm.plan.trace import GradientDone, Trace, Use, synthetic_trace
 
@@ -62,6 +62,7 @@ __all__ = [
     "plan_summary",
     "planned_offsets",
     "rates_for",
+    "shares_of",
     "simulate",
     "synthetic_trace",
     "windows_of",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from angelptm.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Share:
@@ -35,6 +37,20 @@ class Party:
 
 
 ALONE = Party()
+
+
+def shares_of(asked: str | int, count: int, here: int) -> int:
+    """How many of ``count`` ranks, of which ``here`` are on each machine, hold one copy of the model, where
+    ``distributed.shard`` says ``asked``. Raises ConfigError."""
+    shares = {"all": count, "node": here}[asked] if isinstance(asked, str) else asked
+    if shares > count or count % shares:
+        raise ConfigError(
+            "distributed.shard",
+            asked,
+            f"a number of ranks that divides all {count} of them",
+            "Each copy of the model is held by as many ranks.",
+        )
+    return shares
 
 
 def owners_of(page_counts: Sequence[int], count: int) -> list[tuple[int, ...]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +39,7 @@ class Arrival:
     """A unit on its way from all ranks; a ticket as those of fetches are."""
 
     def __init__(self, ranks: Ranks, what: str) -> None:
-        self._ranks, self._what = ranks, what
+        self._ranks, self.what = ranks, what
         self._launched = threading.Event()
         self._works: list[Any] = []
         self._error: BaseException | None = None
@@ -58,11 +57,12 @@ class Arrival:
 
     def wait(self, deadline_seconds: float) -> None:
         """Returns when the unit is there; on a device that works on its own time, for what it is given next."""
-        with self._ranks.doing(self._what):
-            if not self._launched.wait(deadline_seconds):
-                raise RuntimeError(f"this rank's own pages did not come within {deadline_seconds} s")
-            if self._error is not None:
-                raise self._error
+        # The thread has a deadline for this rank's own pages, and says what became of them.
+        if not self._launched.wait(2 * deadline_seconds):
+            raise AngelPTMError(f"{self.what}: waited {2 * deadline_seconds} s for this rank's own pages")
+        if self._error is not None:
+            raise self._error
+        with self._ranks.doing(self.what):
             for work in self._works:
                 work.wait()
             self._works.clear()
@@ -75,7 +75,6 @@ class _Gather:
     pages: Sequence[GatheredPage]
     order: AbstractContextManager[Any]
     deadline_seconds: float
-    queued: float = field(default_factory=time.perf_counter)
 
 
 class Gatherer:
@@ -90,9 +89,6 @@ class Gatherer:
         self._queue: deque[_Gather] = deque()
         self._closed = False
         self._broken: BaseException | None = None
-        self.bytes = 0
-        """Received from other ranks so far."""
-        self.listeners: list[Callable[[str, float, float], None]] = []
         self._thread = threading.Thread(target=self._run, name="angelptm-gather", daemon=True)
         self._thread.start()
 
@@ -122,7 +118,7 @@ class Gatherer:
             if self._broken is None:
                 try:
                     one.own.wait(one.deadline_seconds)
-                    with one.order:
+                    with self._ranks.doing(one.arrival.what), one.order:
                         one.arrival._launch(self._begin(one.pages))
                     continue
                 except BaseException as error:
@@ -139,12 +135,10 @@ class Gatherer:
                 run = torch.as_strided(start, (start.numel() * share.count,), (1,))
                 own = turn[share.index].content
                 works.append(_all_gather(run, own, group=self._group, async_op=True))
-                self.bytes += start.numel() * (share.count - 1)
                 index += share.count
                 continue
             page = pages[index]
             works.append(dist.broadcast(page.content, self._ranks.member(page.owner), group=self._group, async_op=True))
-            self.bytes += page.content.numel() * (page.owner != share.index)
             index += 1
         return works
 

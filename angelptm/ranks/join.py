@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import torch.distributed as dist
 from angelptm.config import Config
 from angelptm.errors import ConfigError
 from angelptm.memory import RANKS_HERE, ranks_here
-from angelptm.plan import Share
-from angelptm.ranks.ranks import Groups, Ranks, timeout
+from angelptm.plan import Share, shares_of
+from angelptm.ranks.ranks import Groups, Ranks
 from angelptm.ranks.watch import Watch
 
 _PATIENCE = 10
@@ -29,7 +30,7 @@ def join(config: Config) -> Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return Ranks()
         backend = "cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timeout(config.distributed.deadline_seconds))
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.distributed.deadline_seconds))
     count, index = dist.get_world_size(), dist.get_rank()
     if count == 1:
         return Ranks()
@@ -37,10 +38,10 @@ def join(config: Config) -> Ranks:
     here = min(count, ranks_here()) if RANKS_HERE in os.environ else count
     if config.device == "cuda" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    shares = _shares(config, count, here)
+    shares = shares_of(config.distributed.shard, count, here)
     on_gpu = config.device.startswith("cuda")
     device_backend = "nccl" if on_gpu else "gloo"
-    within = timeout(config.distributed.deadline_seconds)
+    within = timedelta(seconds=config.distributed.deadline_seconds)
 
     def group(members: list[int], backend: str) -> Any:
         return dist.new_group(members, timeout=within, backend=backend)
@@ -49,7 +50,7 @@ def join(config: Config) -> Ranks:
     control = group(everyone, "gloo")
     committers = everyone[:shares]
     # Ranks come to a commit's end one after the other, as each has its pages written.
-    patient = timeout(_PATIENCE * config.distributed.deadline_seconds)
+    patient = timedelta(seconds=_PATIENCE * config.distributed.deadline_seconds)
     commits = dist.new_group(committers, timeout=patient, backend="gloo")
     # Each process makes all groups, in one order, those that it is not in too.
     own: dict[str, Any] = {}
@@ -70,6 +71,7 @@ def join(config: Config) -> Ranks:
             if share == index % shares:
                 replicas = made_here
     store = dist.distributed_c10d.PrefixStore("angelptm", _own_connection())
+    store.set_timeout(within)
     watch, own_share = Watch(store, index, count), Share(index % shares, shares)
     groups = Groups(control=control, replicas=replicas, members=tuple(range(first, first + shares)), **own)
     committing = None
@@ -99,21 +101,6 @@ def _own_connection() -> Any:
     """A connection to the run's store that waits of other threads do not block."""
     store = dist.distributed_c10d._get_default_store()
     return store.clone() if hasattr(store, "clone") else store
-
-
-def _shares(config: Config, count: int, here: int) -> int:
-    """How many ranks hold one copy of the model."""
-    asked = config.distributed.shard
-    shares = {"all": count, "node": here}.get(asked, asked) if isinstance(asked, str) else asked
-    assert isinstance(shares, int)
-    if shares > count or count % shares:
-        raise ConfigError(
-            "distributed.shard",
-            asked,
-            f"a number of ranks that divides all {count} of them",
-            "Each copy of the model is held by as many ranks.",
-        )
-    return shares
 
 
 def _refuse_what_is_not_there(config: Config) -> None:

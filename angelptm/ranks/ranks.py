@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +16,11 @@ import torch.distributed as dist
 
 from angelptm.errors import AngelPTMError, RankError
 from angelptm.plan import Party, Share
+from angelptm.plan.shares import WHOLE
 from angelptm.ranks.watch import Watch
 
 _T = TypeVar("_T")
-_SWEEP = 1 << 20  # doubles that are summed at once: 8 MiB
+_SUMMED_AT_ONCE = 1 << 20  # doubles: 8 MiB
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Groups:
 
 class Ranks:
     """``index`` of ``count`` processes, of which ``here`` are on this machine; ``share`` is what this one has of a
-    model's pages, ``copies`` how often the whole run has the model."""
+    model's pages."""
 
     def __init__(
         self,
         index: int = 0,
         count: int = 1,
         *,
-        share: Share | None = None,
+        share: Share = WHOLE,
         here: int = 1,
         groups: Groups | None = None,
         watch: Watch | None = None,
@@ -59,8 +59,7 @@ class Ranks:
         ``committing``: the ranks whose pages are in commits, as the thread that makes these talks to them."""
         assert (groups is None) == (count == 1), "several ranks have groups"
         self.index, self.count, self.here = index, count, here
-        self.share = share or Share()
-        self.copies = count // self.share.count
+        self.share = share
         self.groups = groups
         self.watch = watch
         self.deadline_seconds = deadline_seconds
@@ -213,8 +212,8 @@ class Ranks:
             return
         assert self.groups is not None
         with self.doing(what):
-            for start in range(0, len(values), _SWEEP):
-                dist.all_reduce(values[start : start + _SWEEP], group=self.groups.copy)
+            for start in range(0, len(values), _SUMMED_AT_ONCE):
+                dist.all_reduce(values[start : start + _SUMMED_AT_ONCE], group=self.groups.copy)
 
     def complete(self, values: torch.Tensor, pieces: Sequence[tuple[int, int, int]], what: str) -> None:
         """(n,) of any dtype, of which elements [start, end) are there on their owner: all of them, on each rank of a
@@ -247,7 +246,3 @@ class Ranks:
         """This rank has done its part."""
         if self.watch is not None:
             self.watch.close()
-
-
-def timeout(seconds: float) -> timedelta:
-    return timedelta(seconds=seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,8 +80,6 @@ class Reducer:
         self._next = 0  # of the order
         self._flights: deque[_Flight] = deque()
         self._flying = 0
-        self.bytes = 0
-        """Given to other ranks so far."""
 
     def take(self, unit: int, leaf: int, gradient: torch.Tensor, then: _Then) -> None:
         """A leaf's gradient of this pass, which is written to from here on."""
@@ -139,10 +138,6 @@ class Reducer:
         self._turns.clear()
         self._next = 0
 
-    def has_any(self) -> bool:
-        """Whether a gradient is here that ``then`` was not called for."""
-        return bool(self._waiting or self._flights)
-
     def land(self) -> None:
         """Returns when what was begun is done."""
         while self._flights:
@@ -151,12 +146,14 @@ class Reducer:
     def drop(self) -> None:
         """Forgets the pass; on all ranks. Returns when nobody uses the gradients any more."""
         self._waiting.clear()
-        while self._flights:
-            flight = self._flights.popleft()
-            with self._ranks.doing(self._what(flight.key)):
+        flights, self._flying = list(self._flights), 0
+        self._flights.clear()
+        # What went wrong is for those who wait for something: this is on the way out of an error, or all is well. After
+        # the first failure the group is of no use, and to wait for more would take a deadline each.
+        with suppress(RuntimeError):
+            for flight in flights:
                 for work in flight.works:
                     work.wait()
-        self._flying = 0
         self._begin_pass()
 
     def _launch_or_zeros(self, key: Key) -> None:
@@ -182,7 +179,6 @@ class Reducer:
         for start, end, owner in pieces if not share.is_whole else ():
             part = flat[start:end]
             works.append(dist.reduce(part, self._ranks.member(owner), group=self._group, async_op=True))
-            self.bytes += part.nbytes * (owner != share.index)
         return works
 
     def _land(self) -> None:

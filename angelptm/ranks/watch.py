@@ -41,9 +41,9 @@ class Place:
 class Watch:
     """Of one rank. ``store`` is a connection of its own to the store that all ranks share."""
 
-    def __init__(self, store: Any, index: int, count: int, what_runs: str = "") -> None:
+    def __init__(self, store: Any, index: int, count: int) -> None:
         self._store, self._index, self._count = store, index, count
-        self._place = Place(host=socket.gethostname(), pid=os.getpid(), what=what_runs or "starting")
+        self._place = Place(host=socket.gethostname(), pid=os.getpid())
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._main = threading.get_ident()
@@ -92,9 +92,11 @@ class Watch:
             self._tell()
 
     def _tell(self) -> None:
-        with suppress(Exception), self._lock:  # the store may be gone: waits notice
+        with self._lock:  # not while the store answers: the computing thread takes it too
             self._place.beats += 1
-            self._store.set(f"place/{self._index}", json.dumps(asdict(self._place)))
+            text = json.dumps(asdict(self._place))
+        with suppress(Exception):  # the store may be gone: waits notice
+            self._store.set(f"place/{self._index}", text)
 
     def _places(self) -> dict[int, Place]:
         found = {}

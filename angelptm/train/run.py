@@ -190,6 +190,9 @@ def _train(
         result.peak_rss_bytes = peak_rss_bytes()
         engine.wait_for_checkpoint()
         folder.finish(result.to_json())
+    except BaseException as error:
+        ranks.leave(error)  # before what is under way is waited for
+        raise
     finally:
         engine.close()
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from .commits import (
 )
 from .models import FAMILIES, GPT2, LLAMA, PLAIN, T5, Family
 from .test_weird_use import Buffers, Views
-from .training import batches_of, train_step
+from .training import assert_same_values, batches_of, snapshot, tight_config, train, train_step
 
 STEPS = 4
 INT8 = {"lr": 1e-2, "states": {"exp_avg": "int8", "exp_avg_sq": "int8", "int8_from_elements": 0}}
@@ -252,4 +253,27 @@ def test_run_that_goes_back_counts_steps_anew(tmp_path: Path) -> None:
     run = record(engine, step_of(GPT2), 2)
     engine.load_checkpoint(step=0)
     assert_continues(engine, step_of(GPT2), run, 0)
+    engine.close()
+
+
+def test_copy_of_a_folder_is_read_and_not_taken_for_the_runs_own(tmp_path: Path) -> None:
+    """It names the same slot files, whose slots have had other content since."""
+    keys: dict[str, Any] = {"checkpoint": {"folder": str(tmp_path / "run"), "keep": 1}}
+    config = tight_config(GPT2.model(), tmp_path, **keys)
+    engine = Engine(GPT2.model(), config)
+    train(engine, GPT2, 2)
+    engine.save_checkpoint(wait=True)
+    expected = snapshot(engine.state_dict(master=True))
+    engine.close()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy" / "run")
+    shutil.copytree(tmp_path / "pages", tmp_path / "copy", dirs_exist_ok=True)
+    for path in (tmp_path / "copy").glob("*.pages"):
+        path.rename(tmp_path / "copy" / "run" / path.name)
+    engine = Engine(GPT2.model(), config, resume=tmp_path / "run")
+    train(engine, GPT2, 3, first=2)
+    engine.save_checkpoint(wait=True)
+    engine.load_checkpoint(tmp_path / "copy" / "run")
+    assert engine.resumed is not None
+    assert engine.resumed.pages.adopted == 0
+    assert_same_values(engine.state_dict(master=True), expected)
     engine.close()

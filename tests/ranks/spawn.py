@@ -2,92 +2,78 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 _SECONDS = 240
+# What takes seconds to import is imported once, in a process that the ranks are forked from.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.ranks.work"])
+_stores: list[Any] = []  # of this process, for as long as it lives
 
 
 class RanksFailed(AssertionError):
-    """Processes that did not end well; ``codes`` are their exit codes, ``texts`` what they wrote."""
+    """Processes that did not end well: their exit codes, None where one had to be killed, and what they wrote."""
 
     def __init__(self, codes: list[int | None], texts: list[str]) -> None:
-        self.codes, self.texts = codes, texts
-        shown = "\n".join(
-            f"--- rank {rank}, exit code {code}\n{text}" for rank, (code, text) in enumerate(zip(codes, texts))
-        )
-        super().__init__(shown)
+        told = zip(codes, texts)
+        super().__init__("\n".join(f"--- rank {rank}: {code}\n{text}" for rank, (code, text) in enumerate(told)))
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
+def start_ranks(count: int, folder: Path, act: Callable[..., Any], *args: Any) -> list[ForkServerProcess]:
+    """``act`` in ``count`` processes; what each returns and writes goes to files in ``folder``."""
+    from torch.distributed import TCPStore
 
-
-def start_ranks(
-    count: int, folder: Path, act: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None
-) -> list[subprocess.Popen[bytes]]:
-    """``act``, a function of a module of the tests, in ``count`` processes; what each returns goes to a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "call").write_bytes(pickle.dumps((act.__module__, act.__name__, args)))
-    port = str(free_port())
-    processes = []
+    # As torchrun's agent has it: it outlives every rank.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)
+    port, processes = store.port, []
     for rank in range(count):
-        own = {
-            **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            **(environment or {}),
-        }
-        with open(folder / f"output-{rank}", "wb") as output:
-            command = [sys.executable, "-m", "tests.ranks.spawn", str(folder)]
-            processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT))
+        process = _CONTEXT.Process(target=_be_rank, args=(rank, count, port, folder, act, args))
+        process.start()
+        processes.append(process)
     return processes
 
 
-def wait_for_ranks(processes: list[subprocess.Popen[bytes]], folder: Path, seconds: float = _SECONDS) -> list[Any]:
+def wait_for_ranks(processes: list[ForkServerProcess], folder: Path, seconds: float = _SECONDS) -> list[Any]:
     """What each returned. Raises RanksFailed where one ended otherwise, or not in time."""
     deadline = time.monotonic() + seconds
-    codes: list[int | None] = []
     for process in processes:
-        try:
-            codes.append(process.wait(max(0.1, deadline - time.monotonic())))
-        except subprocess.TimeoutExpired:
-            codes.append(None)
-            process.kill()
-            process.wait()
-    if any(codes):
+        process.join(max(0.1, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    if any(code != 0 for code in codes):
         raise RanksFailed(codes, [(folder / f"output-{rank}").read_text() for rank in range(len(codes))])
-    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(len(codes))]
+    return [result_of(folder, rank) for rank in range(len(codes))]
 
 
-def run_ranks(count: int, folder: Path, act: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-    return wait_for_ranks(start_ranks(count, folder, act, *args, **options), folder)
+def result_of(folder: Path, rank: int) -> Any:
+    return pickle.loads((folder / f"result-{rank}").read_bytes())
 
 
-def _main(folder: Path) -> None:
-    import importlib
-
-    module, name, args = pickle.loads((folder / "call").read_bytes())
-    result = getattr(importlib.import_module(module), name)(*args)
-    (folder / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))
+def run_ranks(count: int, folder: Path, act: Callable[..., Any], *args: Any) -> list[Any]:
+    return wait_for_ranks(start_ranks(count, folder, act, *args), folder)
 
 
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+def _be_rank(rank: int, count: int, port: int, folder: Path, act: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
+    with open(folder / f"output-{rank}", "wb", buffering=0) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    numbers = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)
+    (folder / f"result-{rank}").write_bytes(pickle.dumps(act(*args)))
+    sys.stdout.flush()

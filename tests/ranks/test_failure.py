@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 from tests.engine.models import GPT2
 from tests.engine.training import tight_config
 
-from .spawn import start_ranks
+from .spawn import result_of, start_ranks
 from .work import train_until_something_happens
 
 DEADLINE = 8
@@ -41,16 +38,16 @@ def test_others_end_in_time_and_name_it(tmp_path: Path, what: str, said: str) ->
     began = time.monotonic()
     try:
         for rank in (0, 2):
-            assert processes[rank].wait(60) == 0, (folder / f"output-{rank}").read_text()
+            processes[rank].join(60)
+            assert processes[rank].exitcode == 0, (folder / f"output-{rank}").read_text()
         took = time.monotonic() - began
         for rank in (0, 2):
-            text = pickle.loads((folder / f"result-{rank}").read_bytes())
+            text = result_of(folder, rank)
             assert re.search(said, text), text
             assert f"rank {rank} of 3, at " in text
             assert "goes on from its last commit" in text
         assert took < 3 * DEADLINE, took
     finally:
         for process in processes:
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
+            process.kill()
+            process.join()

@@ -12,7 +12,7 @@ from tests.engine.models import FAMILIES
 from tests.engine.training import tight_config
 
 from .spawn import run_ranks
-from .work import Trained, train_family
+from .work import Trained, meet_infinity, train_family
 
 STEPS = 6
 
@@ -63,7 +63,7 @@ def test_copies_of_the_model_stay_alike(tmp_path: Path, shard: int, copies: int)
 
 def test_each_rank_has_its_part(tmp_path: Path) -> None:
     homes = dict.fromkeys(("param", "grad", "states"), "host")
-    found = both(tmp_path, "plain", [1, 4], placement=homes, optimizer={"lr": 1e-4})
+    found = both(tmp_path, "llama", [1, 4], placement=homes)
     whole, parts = found[1][0], found[4]
     for part in parts:
         assert_alike(whole, part)
@@ -72,3 +72,21 @@ def test_each_rank_has_its_part(tmp_path: Path) -> None:
             assert tiers["host"] <= (-(-pages // 4) + 1) * 2**16, kind
     for kind, tiers in whole.kind_bytes.items():
         assert sum(part.kind_bytes[kind]["host"] for part in parts) == tiers["host"], kind
+
+
+def test_pages_are_gathered_many_at_once_as_they_are_one_by_one(tmp_path: Path) -> None:
+    config = tight_config(next(one for one in FAMILIES if one.name == "gpt2").model(), tmp_path)
+    one_by_one = run_ranks(2, tmp_path / "one", train_family, "gpt2", config, STEPS)
+    at_once = run_ranks(2, tmp_path / "many", train_family, "gpt2", config, STEPS, 4, True)
+    for one, other in zip(one_by_one, at_once):
+        assert one.losses == other.losses
+        for key, value in one.values.items():
+            assert torch.equal(value, other.values[key]), key
+
+
+def test_what_is_infinite_on_one_rank_is_no_step_on_any(tmp_path: Path) -> None:
+    config = tight_config(next(one for one in FAMILIES if one.name == "gpt2").model(), tmp_path)
+    first, last = run_ranks(2, tmp_path / "ranks", meet_infinity, config)
+    assert "not finite on another rank" in first[0]
+    assert "the loss is inf" in last[0]
+    assert first[1:] == last[1:] == ["4 steps"]

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from angelptm.config import Config
 from angelptm.engine import Engine
+from angelptm.errors import NonFiniteError
+from angelptm.ranks import join
 from tests.engine.models import FAMILIES, loss_of
 
 
@@ -46,13 +48,16 @@ def part_of(batch: dict[str, Any], rank: int, count: int) -> dict[str, Any]:
     }
 
 
-def train_family(name: str, config: Config, steps: int, copies: int = 4) -> Trained:
-    """Trains a tiny model on this rank's part of each batch, which is ``copies`` different ones of the family's."""
+def train_family(name: str, config: Config, steps: int, copies: int = 4, coalesces: bool = False) -> Trained:
+    """Trains a tiny model on this rank's part of each batch, which is ``copies`` different ones of the family's.
+    ``coalesces``: with collectives of several pages, as on GPUs."""
     known_rates()
     family = next(one for one in FAMILIES if one.name == name)
     torch.manual_seed(0)
-    engine = Engine(family.model(), config)
-    rank, count = engine.ranks.index, engine.ranks.count
+    ranks = join(config)
+    ranks.coalesces = coalesces
+    engine = Engine(family.model(), config, ranks=ranks)
+    rank, count = ranks.index, ranks.count
     losses, norms = [], []
     for step in range(steps):
         for micro in range(config.gradient_accumulation_steps):
@@ -116,6 +121,27 @@ def train_and_commit(
     if dist.is_initialized():
         dist.destroy_process_group()
     return Trained(losses, [], values, {}, {}, {}, resumed)
+
+
+def meet_infinity(config: Config) -> list[str]:
+    """The loss of the last rank is infinite in its third step: what each rank says, and whether it can go on."""
+    known_rates()
+    family = next(one for one in FAMILIES if one.name == "gpt2")
+    engine = Engine(family.model(), config)
+    rank, count = engine.ranks.index, engine.ranks.count
+    said = []
+    for step in range(5):
+        loss = loss_of(engine(**part_of(global_batch(family, step * 2, 2), rank, count)))
+        if step == 2 and rank == count - 1:
+            loss = loss * float("inf")
+        try:
+            engine.backward(loss)
+            engine.step()
+        except NonFiniteError as error:
+            said.append(str(error))
+    said.append(f"{engine.global_step} steps")
+    engine.close()
+    return said
 
 
 def train_until_something_happens(name: str, config: Config, what: str, folder: str) -> str:
