@@ -52,8 +52,6 @@ def test_plans_of_all_ranks_have_each_page_once_and_one_arena(count: int) -> Non
 
 @pytest.mark.parametrize("asked", [3, 8])
 def test_copies_that_do_not_divide_the_ranks_are_refused(asked: int) -> None:
-    with pytest.raises(
-        ConfigError, match=r"distributed\.shard: found \d, expected .* divides all 4"
-    ):
+    with pytest.raises(ConfigError, match=r"distributed\.shard: found \d, expected .* divides all 4"):
         shares_of(asked, 4, 4)
     assert [shares_of(one, 4, 2) for one in ("all", "node", 1, 2)] == [4, 2, 1, 2]

@@ -170,3 +170,26 @@ def train_until_something_happens(name: str, config: Config, what: str, folder: 
             engine.close()
         return f"{type(error).__name__}: {error} / {time.monotonic() - began:.1f}"
     return "no error"
+
+
+def train_on(config: Config, steps: int, folder: str) -> dict[str, Any]:
+    """Trains up to ``steps`` steps from the newest commit on, with a commit after each; the first rank notes losses."""
+    known_rates()
+    family = next(one for one in FAMILIES if one.name == "gpt2")
+    commits = config.checkpoint.folder
+    assert commits is not None
+    ranks = join(config)
+    there = ranks.of_first(any(commits.glob("commits/*.manifest")), "whether there is a commit")
+    engine = Engine(family.model(), config, resume=commits if there else None, ranks=ranks)
+    for step in range(engine.global_step, steps):
+        loss = loss_of(engine(**part_of(global_batch(family, step * 3, 3), ranks.index, ranks.count)))
+        engine.backward(loss)
+        engine.step()
+        mean = ranks.mean(float(loss.detach()), "the loss")
+        if ranks.is_first:
+            Path(folder, f"loss-{step}-{os.getpid()}").write_text(repr(mean))
+        engine.save_checkpoint()
+    engine.wait_for_checkpoint()
+    values = {key: value.clone() for key, value in engine.state_dict(master=True).items()}
+    engine.close()
+    return values
